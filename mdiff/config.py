@@ -204,7 +204,7 @@ class Config:
     audit: Audit = Audit()
 
 
-_DIGESTED = ("seed", "data", "process", "net", "loss")
+DIGESTED = ("seed", "data", "process", "net", "loss")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -231,7 +231,9 @@ def _forbid_unknown(cls: type, tree: dict[str, Any], where: str) -> None:
     known = {f.name: f for f in fields(cls)}
     for name, value in tree.items():
         if name not in known:
-            raise UserError(f"{where}: unknown field {name!r}; this version of mdiff knows {', '.join(known)}")
+            raise UserError(
+                f"{where}: unknown field {name!r}; this version of mdiff knows {', '.join(known)}"
+            )
         default = known[name].default
         if hasattr(default, "__dataclass_fields__") and isinstance(value, dict):
             _forbid_unknown(type(default), value, f"{where}.{name}")
@@ -243,7 +245,7 @@ def digest(config: Config) -> str:
     Steps, mesh, logging, sampling and audit are left out, so a run may be extended or moved.
     """
     tree = to_json(config)
-    text = json.dumps({name: tree[name] for name in _DIGESTED}, sort_keys=True)
+    text = json.dumps({name: tree[name] for name in DIGESTED}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

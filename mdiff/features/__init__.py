@@ -1,0 +1,1 @@
+"""Embeddings that similarity and quality are measured in."""

@@ -1,0 +1,1 @@
+"""Training objectives: each returns one loss per example."""

@@ -1,0 +1,1 @@
+"""Noise schedules, the Gaussian process, training times and sampling grids."""

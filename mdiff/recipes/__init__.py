@@ -1,0 +1,1 @@
+"""What joins training and probes: single experiments and the demo."""

@@ -1,0 +1,1 @@
+"""One page from result files: pictures, tables, curves, provenance."""

@@ -1,0 +1,162 @@
+"""`report.html` and `report.json`: one self-contained page about one run, or several side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
+
+from mdiff import __version__
+from mdiff.errors import UserError
+from mdiff.files import write_text
+from mdiff.report import figures, views, words
+from mdiff.report.collect import Run, as_json, read_run, strict
+from mdiff.types import Estimate
+
+
+def write_report(
+    out: Path, runs: Mapping[str, Path], *, title: str, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write `report.html` and `report.json` about `runs` into `out`.
+
+    Args:
+      out: folder for the two files; made when it does not exist.
+      runs: name to run folder, in the order to show; the first is what the others are compared with.
+      title: heading of the page.
+      extra: what only the caller knows: "seconds" (total wall seconds), "peak_rss_gb", "command"; any other
+        entry is shown under its own name.
+
+    Returns:
+      What was written to `report.json`.
+
+    Raises:
+      UserError: no runs, a run without a readable audit, or `out` cannot be written.
+    """
+    if not runs:
+        raise UserError("report: no run given; name at least one run folder")
+    read = [read_run(name, Path(folder)) for name, folder in runs.items()]
+    report = _report(read, title, dict(extra or {}))
+    html = _html(read, report)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    out = Path(out)
+    try:
+        write_text(out / "report.html", html)
+        write_text(out / "report.json", text + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot write the report ({error.strerror}); choose another folder"
+        ) from None
+    return report
+
+
+def terminal_table(report: Mapping[str, Any]) -> Table:
+    """The numbers of `report.json`: one row per measure, one column per run, with intervals.
+
+    Args:
+      report: what `write_report` returned.
+    """
+    table = Table(title=Text(str(report["title"])), title_justify="left")
+    table.add_column("")
+    for name in report["runs"]:
+        table.add_column(Text(name), justify="right")
+    entries = [report[name] for name in report["runs"]]
+    for name in views.measures(entries):
+        cells = []
+        for run in entries:
+            found = views.entry(run, name)
+            cells.append(Text("–" if found is None else _cell_text(name, found)))
+        table.add_row(Text(words.measure(name).label), *cells)
+    return table
+
+
+def _report(runs: Sequence[Run], title: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """`report.json`, with nothing in it that JSON cannot hold."""
+    ledgers = [run.ledger for run in runs if run.ledger]
+    seconds = [sum((ledger.get("seconds") or {}).values()) for ledger in ledgers]
+    peaks = [ledger["peak_rss_gb"] for ledger in ledgers if ledger.get("peak_rss_gb") is not None]
+    reserved = {"title", "seconds", "peak_rss_gb", "versions", "runs", "verdict", "extra"}
+    if taken := sorted(reserved & {run.name for run in runs}):
+        raise UserError(f"run name {taken[0]!r}: is a field of report.json; choose another name")
+    entries = {run.name: as_json(run) for run in runs}
+    return strict(
+        {
+            "title": title,
+            "seconds": extra.pop("seconds", sum(seconds) if seconds else None),
+            "peak_rss_gb": extra.pop("peak_rss_gb", max(peaks, default=None)),
+            "versions": _versions(runs),
+            "runs": [run.name for run in runs],
+            "verdict": words.verdict(runs),
+            "extra": extra,
+            **entries,
+            **({"run": entries[runs[0].name]} if len(runs) == 1 else {}),
+        }
+    )
+
+
+def _html(runs: Sequence[Run], report: Mapping[str, Any]) -> str:
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = [views.run_view(run, i, report[run.name]) for i, run in enumerate(runs)]
+    curves = views.curve_figures(runs)
+    levels = sorted({level for run in runs if (level := words.level(run))})
+    return environment.get_template("page.html").render(
+        report=report,
+        css=Markup((here / "page.css").read_text(encoding="utf-8")),
+        runs=shown,
+        rows=views.table(runs, report),
+        level=levels[0] + " " if len(levels) == 1 else "",
+        feature=", ".join(sorted({str(run.audit["feature"]) for run in runs if run.audit.get("feature")})),
+        glance=views.embedded(
+            (
+                "Memorized fraction and control with intervals; the numbers are in the table",
+                figures.rates(runs),
+            ),
+            ("Energy distance with intervals; the numbers are in the table", figures.energies(runs)),
+        ),
+        pictures=any(view["top"] or view["random"] for view in shown),
+        has_top=any(view["top"] for view in shown),
+        has_random=any(view["random"] for view in shown),
+        ratio_rule=" and ".join(words.fraction(cut) for cut in words.thresholds(runs)),
+        curves=curves,
+        has_curves=any(curves.values()),
+        spaces=views.SPACES,
+        comparable_losses=len({json.dumps(run.config.get("loss"), sort_keys=True) for run in runs}) == 1,
+        notes=views.notes(runs),
+        provenance=views.provenance(runs, report),
+        provenance_by_run=views.provenance_by_run(runs, report),
+        seconds=views.seconds(runs),
+        version=__version__,
+    )
+
+
+def _cell_text(name: str, found: Estimate) -> str:
+    kind = words.measure(name).kind
+    return f"{' '.join(words.shown(found, kind)).strip()} (n = {found.n:,})"
+
+
+def _versions(runs: Sequence[Run]) -> dict[str, str]:
+    """Versions by package; where the runs differ, each run's own."""
+    merged = {}
+    for package in dict.fromkeys(p for run in runs for p in run.record.get("versions") or {}):
+        said = {
+            run.name: str(run.record["versions"][package])
+            for run in runs
+            if package in (run.record.get("versions") or {})
+        }
+        same = len(set(said.values())) == 1
+        merged[package] = (
+            next(iter(said.values())) if same else "; ".join(f"{k}: {v}" for k, v in said.items())
+        )
+    return merged

@@ -1,0 +1,278 @@
+"""What the template shows, as plain values: table cells, picture rows, figures, provenance."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mdiff.report import figures, words
+from mdiff.report.collect import Run
+from mdiff.types import Estimate
+
+_ROWS = {"top": 24, "random": 12}
+_HEADLINE = ("memorized", "control", "excess", "quality")
+_SMALL = 48  # pixels; larger pictures are shrunk, or a page of photographs would weigh tens of megabytes
+_LARGE = 112
+SPACES = (
+    (
+        "cosine",
+        "Similarity to the nearest image, over the threshold τ",
+        "AMS(τ) is the share of generations whose most similar image reaches τ, and UMS(τ) the number of "
+        "different images so matched over the number of generations. Only the gap between solid "
+        "(training images) and dashed (held-out) speaks of memorization.",
+    ),
+    (
+        "rms",
+        "Distance to the nearest image, over the threshold δ",
+        "The same two with RMS pixel distance: a generation counts when its nearest image is within δ.",
+    ),
+)
+
+
+def table(runs: Sequence[Run], report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of numbers: label, meaning and one cell per run."""
+    entries = [report[run.name] for run in runs]
+    rows = []
+    for name in measures(entries):
+        about = words.measure(name)
+        cells = []
+        for run in entries:
+            found = entry(run, name)
+            cells.append(
+                found
+                and {
+                    "value": words.shown(found, about.kind)[0],
+                    "interval": words.shown(found, about.kind)[1],
+                    "n": f"n = {found.n:,}",
+                }
+            )
+        label = about.label
+        if name == "quality":
+            label += " to " + " / ".join(sorted({run["quality_reference"] for run in entries} - {None}))
+        rows.append({"label": label, "means": about.means, "of": about.of, "cells": cells})
+    return rows
+
+
+def measures(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Headline measures first, then the rest; the one that `quality` repeats is left out."""
+    repeated = {
+        {"held-out": "energy_heldout", "train": "energy_train"}[reference]
+        for reference in [run["quality_reference"] for run in entries]
+        if reference is not None
+    }
+    same = len(repeated) == 1
+    present = {name for run in entries for name in run["estimates"]}
+    rest = [name for name in words.MEASURES if name in present] + sorted(present - set(words.MEASURES))
+    head = [name for name in _HEADLINE if any(run[name] is not None for run in entries)]
+    return head + [name for name in rest if not (same and name in repeated)]
+
+
+def entry(run: Mapping[str, Any], name: str) -> Estimate | None:
+    """A measure of one run's part of `report.json`; a limit that is null there is NaN."""
+    found = run[name] if name in _HEADLINE else run["estimates"].get(name)
+    if found is None:
+        return None
+    low, high = (math.nan if found[end] is None else found[end] for end in ("low", "high"))
+    return Estimate(found["value"], low, high, found["n"])
+
+
+def run_view(run: Run, index: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template needs of one run."""
+    return {
+        "name": run.name,
+        "color": figures.color(index),
+        "facts": _facts(run, entry),
+        "top": _pictures(run, "top"),
+        "random": _pictures(run, "random"),
+        "config": _dump(run.config),
+        "audit_config": _dump(run.audit.get("config")),
+        "counts": {
+            name: count for name, count in (run.audit.get("counts") or {}).items() if count is not None
+        },
+        "percentiles": _percentiles(run),
+    }
+
+
+def _percentiles(run: Run) -> dict[str, list[str]]:
+    """`percentiles` as texts by name, `level` first; {} when the audit has none."""
+    tree = dict(run.audit.get("percentiles") or {})
+    if "level" not in tree:
+        return {}
+    rows = {"level": [f"{level:g} %" for level in tree.pop("level")["all"]]}
+    for name, sides in tree.items():
+        rows |= {f"{name}, {side}": [words.distance(v) for v in values] for side, values in sides.items()}
+    return rows
+
+
+def _dump(tree: Any) -> str:
+    return json.dumps(tree, indent=1, ensure_ascii=False) if tree else ""
+
+
+def _facts(run: Run, entry: Mapping[str, Any]) -> str:
+    """The run in one line, from its config."""
+    config = entry["config"]
+    parts = []
+    if config["source"] is not None:
+        size = f" {config['size']}×{config['size']}" if config["size"] else ""
+        count = f", {config['n']:,} training images" if config["n"] else ""
+        parts.append(f"{config['source']}{size}{count}")
+    if config["parameters"]:
+        parts.append(f"{config['parameters'] / 1e6:.2f} M parameters")
+    if run.steps:
+        parts.append(f"{run.steps:,} steps")
+    if config["cutoff"] is not None:
+        parts.append(
+            f"ambient, cutoff at σ = {config['cutoff']:g}" if config["cutoff"] else "no noise cutoff"
+        )
+    return " · ".join(parts)
+
+
+def _pictures(run: Run, kind: str) -> list[dict[str, Any]]:
+    """Pairs (generated, nearest) with their numbers; "top" by ratio, smallest first."""
+    arrays = run.arrays
+    if not all(f"{kind}_{part}" in arrays for part in ("generated", "nearest", "index")):
+        return []
+    index = arrays[f"{kind}_index"].astype(int)
+    ratio, d1, copied = (_rows(arrays.get(name), index) for name in ("ratio", "d1", "memorized"))
+    nearest, flipped = (_rows(arrays.get(name), index) for name in ("nearest_id", "flipped"))
+    order = np.arange(len(index))
+    if kind == "top" and ratio is not None:
+        order = np.argsort(ratio, kind="stable")
+    return [
+        {
+            "generated": _data_uri(arrays[f"{kind}_generated"][i]),
+            "nearest": _data_uri(arrays[f"{kind}_nearest"][i]),
+            "distance": None if d1 is None else words.distance(float(d1[i])),
+            "ratio": None if ratio is None else words.distance(float(ratio[i])),
+            "copied": bool(copied[i]) if copied is not None else None,
+            "index": int(index[i]),
+            "id": None if nearest is None else str(nearest[i]),
+            "mirrored": flipped is not None and bool(flipped[i]),
+            "pixels": max(arrays[f"{kind}_generated"].shape[1:3]) <= _SMALL,
+        }
+        for i in order[: _ROWS[kind]]
+    ]
+
+
+def _rows(values: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
+    if values is None or (len(index) and index.max() >= len(values)):
+        return None
+    return values[index]
+
+
+def _data_uri(image: np.ndarray) -> str:
+    """uint8 [H,W,C] as a data URI: PNG pixel for pixel when small, a shrunk JPEG when not."""
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    stream = io.BytesIO()
+    if max(picture.size) <= _SMALL:
+        picture.save(stream, "PNG", optimize=True)
+        return _encode("image/png", stream.getvalue())
+    picture.thumbnail((_LARGE, _LARGE))
+    picture.save(stream, "JPEG", quality=85)
+    return _encode("image/jpeg", stream.getvalue())
+
+
+def _encode(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def embedded(*named: tuple[str, str | None]) -> list[dict[str, str]]:
+    return [
+        {"alt": alt, "uri": _encode("image/svg+xml", svg.encode())} for alt, svg in named if svg is not None
+    ]
+
+
+def curve_figures(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
+    return {
+        "training": embedded(("Loss and memorized fraction over training steps", figures.training(runs))),
+        "ratio": embedded(("Cumulative distribution of the distance ratio", figures.ratios(runs))),
+        **{
+            space: embedded(
+                (
+                    f"Generations with a match over the {space} threshold",
+                    figures.similarity(runs, space, "ams"),
+                ),
+                (
+                    f"Distinct images matched over the {space} threshold",
+                    figures.similarity(runs, space, "ums"),
+                ),
+            )
+            for space, *_ in SPACES
+        },
+    }
+
+
+def notes(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Every note once, with the names of the runs it is about unless that is all of them."""
+    by_text: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.audit.get("notes") or []:
+            by_text.setdefault(str(note), []).append(run.name)
+    return [
+        {"text": text, "who": "" if len(names) == len(runs) else ", ".join(names)}
+        for text, names in by_text.items()
+    ]
+
+
+def provenance(runs: Sequence[Run], report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of what is common to the runs: command, cost, versions."""
+    rows: list[tuple[str, str]] = []
+    extra = dict(report["extra"])
+    if "command" in extra:
+        rows.append(("command", str(extra.pop("command"))))
+    if report["seconds"] is not None:
+        rows.append(("seconds in all", f"{report['seconds']:,.0f}"))
+    if report["peak_rss_gb"] is not None:
+        rows.append(("peak memory", f"{report['peak_rss_gb']:.2f} GB"))
+    rows += [(str(name), str(value)) for name, value in extra.items()]
+    rows += [
+        (f"version of {name}" if name != "platform" else name, v) for name, v in report["versions"].items()
+    ]
+    return rows
+
+
+def provenance_by_run(runs: Sequence[Run], report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """(name, one value per run, "" where there is none): what identifies each run's data and model."""
+    by_run: list[dict[str, str]] = []
+    for run in runs:
+        entry = report[run.name]
+        found = {"folder": entry["folder"]}
+        if entry["digest"]:
+            found["config digest"] = entry["digest"]
+        found |= entry["sha256"]
+        found |= {f"audited {name} pixels, sha256": value for name, value in entry["digests"].items()}
+        if run.ledger.get("images_per_second") is not None:
+            found["images per second"] = f"{run.ledger['images_per_second']:,.1f}"
+        by_run.append(found)
+    names = dict.fromkeys(name for found in by_run for name in found)
+    return [(name, [found.get(name, "") for found in by_run]) for name in names]
+
+
+def seconds(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Seconds by cause, the largest cause first, with widths in per cent of the largest cell."""
+    spent = [run.ledger.get("seconds") or {} for run in runs]
+    largest = max((value for seconds in spent for value in seconds.values()), default=0)
+    if not largest:
+        return []
+    causes = sorted(
+        {cause for seconds in spent for cause in seconds}, key=lambda c: -sum(s.get(c, 0) for s in spent)
+    )
+    return [
+        {
+            "cause": cause,
+            "cells": [
+                {"seconds": seconds[cause], "width": 100 * seconds[cause] / largest}
+                if cause in seconds
+                else None
+                for seconds in spent
+            ],
+        }
+        for cause in causes
+    ]

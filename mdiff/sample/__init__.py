@@ -1,0 +1,1 @@
+"""Samplers: Denoiser in, images out."""

@@ -1,0 +1,1 @@
+"""Mesh and sharding rules, state and step, checkpoints, the ledger of seconds, the loop."""

@@ -1,0 +1,231 @@
+"""The only loop with side effects.
+
+Its order is a contract: evaluate on the old state, checkpoint state and clock together, next batch, step,
+log. A checkpoint at step k therefore stands after the evaluation at k and before batch k, and a resumed
+run repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from mdiff import config
+from mdiff.data.split import Subset, save_subset
+from mdiff.data.stream import device_batch, indices
+from mdiff.errors import UserError
+from mdiff.nets.denoiser import Model
+from mdiff.train import checkpoint, mesh, state, workdir
+from mdiff.train.ledger import Ledger
+from mdiff.train.metrics import Metrics
+from mdiff.train.preemption import stop_on_signal
+from mdiff.types import Array, Batch, Evaluator, Key, Objective, Params
+
+
+class Monitor(Protocol):
+    """What watches a run: the command line's progress bar, or nothing."""
+
+    def progress(self, task: str, done: int, total: int, scalars: Mapping[str, float]) -> None:
+        """`done` of `total` parts of `task` are finished; `scalars` are the newest values, if any."""
+
+    def say(self, message: str) -> None:
+        """One line for the user."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended.
+
+    Attributes:
+      state: the state it ended in.
+      stopped: name of the signal that stopped it early, or "".
+    """
+
+    state: state.TrainState
+    stopped: str
+
+
+def make_pool(subset: Subset, device_mesh: jax.sharding.Mesh) -> dict[str, Array]:
+    """The training images as uint8 on the devices, with ids and labels: batches are gathered from it."""
+    pool = {"x": subset.train.x, "id": subset.train.id}
+    if subset.train.label is not None:
+        pool["label"] = subset.train.label
+    return jax.device_put(pool, mesh.replicated(device_mesh))
+
+
+def make_batch_fn(cfg: config.Config) -> state.BatchFn:
+    """How a batch is made on the device: gather, fixed noisy copies, then flips."""
+
+    def batch_fn(pool: dict[str, Array], index: Array, key: Key) -> Batch:
+        return device_batch(
+            pool["x"],
+            pool["id"],
+            index,
+            key,
+            flip=cfg.data.flip,
+            cutoff=cfg.loss.cutoff,
+            noise_seed=cfg.seed,
+            labels=pool.get("label") if cfg.net.classes else None,
+        )
+
+    return batch_fn
+
+
+def train(
+    cfg: config.Config,
+    model: Model,
+    objective: Objective,
+    subset: Subset,
+    folder: Path,
+    monitor: Monitor,
+    evaluator: Evaluator | None = None,
+    init_from: Params | None = None,
+) -> Outcome:
+    """Train, or go on training, the run in `folder`.
+
+    Args:
+      cfg: the experiment.
+      model: its network and process.
+      objective: per-example loss.
+      subset: training images and the order of an epoch.
+      folder: the run's folder; holds config, checkpoints, metrics, ledger.
+      monitor: told about progress.
+      evaluator: called on (averaged parameters, step) every `train.eval_every` steps and at the end.
+      init_from: parameters to start from instead of fresh ones (fine-tuning); ignored on resume.
+
+    Returns:
+      The final state and whether a signal ended the run early.
+
+    Raises:
+      UserError: the folder belongs to another run or cannot be written; the loss is not finite.
+    """
+    device_mesh = mesh.make_mesh(cfg.mesh)
+    mesh.check_batch(cfg.train.batch, device_mesh)
+    optimizer = state.make_optimizer(cfg.train)
+    fresh, abstract = state.plan_state(model, optimizer, cfg.seed, device_mesh)
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    resuming = workdir.check(folder, cfg, state_bytes)
+
+    ledger = Ledger.load(folder / "ledger.json") if resuming else Ledger()
+    with (
+        stop_on_signal() as stop,
+        ledger.time("start"),
+        checkpoint.open_run(folder, cfg.train) as checkpoints,
+    ):
+        restored = checkpoints.restore(abstract, monitor.say)
+        current = fresh() if restored is None else restored[0]
+        if restored is None and init_from is not None:
+            current = _with_params(current, init_from)
+        workdir.write(folder, cfg, model.shape)
+        save_subset(folder / "subset.json", subset, cfg.data)
+        begin = int(current.step)
+        checkpoints.discard_after(begin)
+        if begin:
+            monitor.say(f"resuming at step {begin}")
+
+        pool = make_pool(subset, device_mesh)
+        split = mesh.batch_sharding(device_mesh)
+
+        def next_index(step: int) -> Array:
+            return jax.device_put(indices(cfg.seed, step, cfg.train.batch, subset.slots), split)
+
+        step_fn = state.make_step(objective, optimizer, make_batch_fn(cfg), cfg.train, cfg.seed)
+        out = (jax.tree.map(lambda leaf: leaf.sharding, abstract), None)
+        if begin < cfg.train.steps:
+            with ledger.time("compile"):
+                jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=out)
+                update = jitted.lower(current, pool, next_index(begin)).compile()
+            monitor.say(f"train step compiled; {ledger.seconds['compile']:.0f} s in all")
+
+        with Metrics(folder, begin) as metrics:
+            log = _Log(cfg, metrics, ledger, monitor)
+
+            def measure(step: int) -> None:
+                if evaluator is not None and step not in metrics.evaluated:
+                    with ledger.time("evaluate"):
+                        metrics.write(step, evaluator(current.ema, step))
+
+            def save(step: int) -> None:
+                log.flush(step)
+                with ledger.time("checkpoint"):
+                    checkpoints.save(current, {"ledger": ledger.as_json()})
+                    ledger.save(folder / "ledger.json")
+
+            for step in range(begin, cfg.train.steps):
+                if step > begin and cfg.train.eval_every and step % cfg.train.eval_every == 0:
+                    measure(step)
+                if step > begin and step % cfg.train.save_every == 0:
+                    save(step)
+                with ledger.time("data"):
+                    index = next_index(step)
+                with ledger.time("train"):
+                    current, values = update(current, pool, index)
+                    log.add(values)
+                    if (step + 1) % cfg.train.log_every == 0:
+                        log.flush(step + 1)
+                if stop:
+                    break
+            done = int(current.step)
+            if not stop:
+                measure(done)
+            save(done)
+        with ledger.time("checkpoint"):
+            checkpoints.wait()
+    ledger.save(folder / "ledger.json")
+    return Outcome(current, stop.signal if done < cfg.train.steps else "")
+
+
+class _Log:
+    """Collects metrics on the device and fetches them late: on log steps and before checkpoints."""
+
+    def __init__(self, cfg: config.Config, metrics: Metrics, ledger: Ledger, monitor: Monitor) -> None:
+        self._cfg, self._metrics, self._ledger, self._monitor = cfg, metrics, ledger, monitor
+        self._pending: list[dict[str, Array]] = []
+
+    def add(self, values: dict[str, Array]) -> None:
+        self._pending.append(values)
+
+    def flush(self, step: int) -> None:
+        """Write the means since the last flush.
+
+        Raises:
+          UserError: a loss or gradient was not finite. Nothing of it reaches a checkpoint, since every
+            save flushes first.
+        """
+        if not self._pending:
+            return
+        with self._ledger.time("train"):
+            fetched = jax.device_get(self._pending)
+        self._pending = []
+        first = step - len(fetched)
+        for place, values in enumerate(fetched):
+            if not all(math.isfinite(value) for value in values.values()):
+                raise UserError(
+                    f"loss = {values['loss']} at step {first + place + 1}: training diverged; the last good checkpoint is "
+                    f"kept; lower train.lr (now {self._cfg.train.lr}) or train.clip (now {self._cfg.train.clip})"
+                )
+        self._ledger.images += len(fetched) * self._cfg.train.batch
+        scalars = {name: float(np.mean([row[name] for row in fetched])) for name in fetched[0]}
+        speed = self._ledger.as_json()["images_per_second"]
+        self._metrics.write(step, {**scalars, "images_per_second": speed})
+        self._monitor.progress("train", step, self._cfg.train.steps, {**scalars, "images_per_second": speed})
+
+
+def _with_params(fresh: state.TrainState, params: Params) -> state.TrainState:
+    """A fresh state that starts from `params`, kept in the fresh state's shardings."""
+
+    def place(old: Array, new: Any) -> Array:
+        return jax.device_put(np.asarray(new), old.sharding)
+
+    return state.TrainState(
+        fresh.step,
+        jax.tree.map(place, fresh.params, params),
+        jax.tree.map(place, fresh.ema, params),
+        fresh.opt_state,
+    )

@@ -1,0 +1,99 @@
+"""One mesh with axes data, fsdp and trial, and sharding as a list of (leaf-name pattern, rule) pairs.
+
+State is created sharded: shapes first (`eval_shape`), then rules, then `jit(init, out_shardings=…)`. One
+device, several simulated ones and a pod run the same code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import PartitionSpec as P
+
+from mdiff import config
+from mdiff.errors import UserError
+from mdiff.trees import map_named
+
+Rule: TypeAlias = Literal["replicate", "fsdp"]
+Rules: TypeAlias = Sequence[tuple[str, Rule]]
+
+AXES = ("data", "fsdp", "trial")
+BATCH = P(("data", "fsdp"))
+DEFAULT_RULES: Rules = ((r"^(params|ema|opt_state)/", "fsdp"), (r".*", "replicate"))
+MIN_SHARDED_BYTES = 4 << 20  # smaller leaves cost more to gather than to hold
+
+
+def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
+    """A mesh of all devices (or `devices`) with axes `data`, `fsdp`, `trial`.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = [cfg.data, cfg.fsdp, cfg.trial]
+    shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise UserError(f"{shown}: sizes are 1 or more, and at most one may be -1 (take what is left)")
+    fixed = int(np.prod([size for size in shape if size != -1]))
+    if (-1 in shape and len(devices) % fixed) or (-1 not in shape and fixed != len(devices)):
+        raise UserError(f"{shown}: do not divide {len(devices)} devices; set mesh.data to -1 or to a divisor")
+    shape = [len(devices) // fixed if size == -1 else size for size in shape]
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_devices(mesh: DeviceMesh) -> int:
+    """Over how many devices a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(batch: int, mesh: DeviceMesh, field: str = "train.batch") -> None:
+    """Raises UserError when `batch` does not divide over the mesh."""
+    ways = batch_devices(mesh)
+    if batch % ways:
+        near = max(ways, round(batch / ways) * ways)
+        raise UserError(f"{field} = {batch}: does not divide over {ways} devices; set it to {near}")
+
+
+def _spec(rule: Rule, shape: tuple[int, ...], dtype: Any, mesh: DeviceMesh, min_bytes: int) -> P:
+    """`fsdp` splits the largest divisible axis of leaves of at least `min_bytes`."""
+    ways = mesh.shape["fsdp"]
+    if rule == "replicate" or ways == 1 or not shape:
+        return P()
+    if int(np.prod(shape)) * np.dtype(dtype).itemsize < min_bytes:
+        return P()
+    divisible = [axis for axis in range(len(shape)) if shape[axis] % ways == 0]
+    if not divisible:
+        return P()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return P(*("fsdp" if axis == largest else None for axis in range(len(shape))))
+
+
+def shardings(
+    shapes: Any, mesh: DeviceMesh, rules: Rules = DEFAULT_RULES, min_bytes: int = MIN_SHARDED_BYTES
+) -> Any:
+    """A tree of `NamedSharding` for a tree of shapes; the first rule whose pattern is found in a leaf's
+    name decides, and a leaf without a rule is an error."""
+
+    def choose(name: str, leaf: Any) -> NamedSharding:
+        for pattern, rule in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _spec(rule, leaf.shape, leaf.dtype, mesh, min_bytes))
+        raise ValueError(f"no sharding rule matches {name!r}")
+
+    return map_named(choose, shapes)
+
+
+def replicated(mesh: DeviceMesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: DeviceMesh) -> NamedSharding:
+    """First axis split over the data and fsdp axes."""
+    return NamedSharding(mesh, BATCH)

@@ -1,0 +1,129 @@
+"""The folder of one run: what it was configured as, and whether it may be continued."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mdiff
+from mdiff import config
+from mdiff.errors import UserError
+from mdiff.files import write_json
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `config.json` of a run holds.
+
+    Attributes:
+      config: the run's configuration.
+      digest: identity of model, data and objective.
+      shape: (H, W, C) of one image.
+    """
+
+    config: config.Config
+    digest: str
+    shape: tuple[int, int, int]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    packages = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+    }
+    return {
+        "mdiff": mdiff.__version__,
+        "python": platform.python_version(),
+        **packages,
+        "platform": f"{platform.system()} {platform.machine()}, {jax.default_backend()}",
+    }
+
+
+def read(folder: Path) -> Stored:
+    """The stored configuration of the run in `folder`.
+
+    Raises:
+      UserError: there is none, or it is damaged or of another version.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir {folder}: no run here (no config.json); train one with mdiff train")
+    try:
+        tree = json.loads(path.read_text())
+        stored, digest, shape = tree["config"], tree["digest"], tuple(tree["shape"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); restore it, or train in a new --workdir") from None
+    return Stored(config.from_json(config.Config, stored, str(path)), digest, shape)
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str:
+    """The first field in which two JSON trees differ, as "a.b was 1, is 2"."""
+    for name in new:
+        at = f"{where}{name}"
+        if isinstance(new[name], dict) and isinstance(old.get(name), dict) and new[name] and old[name]:
+            found = _first_difference(old[name], new[name], f"{at}.")
+            if found:
+                return found
+        elif old.get(name) != new[name]:
+            return f"{at} was {old.get(name)}, is {new[name]}"
+    return ""
+
+
+def check(folder: Path, cfg: config.Config, state_bytes: int = 0) -> bool:
+    """May this run write into `folder`? Touches nothing but a probe file; True when it resumes a run.
+
+    Raises:
+      UserError: another model's run is there, the folder cannot be written, or it lacks the space.
+    """
+    resuming = False
+    if (folder / "config.json").exists():
+        stored = read(folder)
+        if stored.digest != config.digest(cfg):
+            known = {name: tree for name, tree in config.to_json(cfg).items() if name in config.DIGESTED}
+            what = _first_difference(config.to_json(stored.config), known)
+            raise UserError(
+                f"--workdir {folder}: holds another run ({what}); choose a new --workdir, or go on with its config"
+            )
+        resuming = True
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir {folder}: is a file; choose a folder")
+    elif (folder / "checkpoints").exists():
+        raise UserError(f"--workdir {folder}: has checkpoints but no config.json; choose a new --workdir")
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    probe = existing / f".mdiff-{os.getpid()}.probe"
+    try:
+        probe.write_bytes(b"\0" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"--workdir {folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
+    needed, free = state_bytes * (cfg.train.keep + 1), shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"--workdir {folder}: {free / 1e6:.0f} MB free, but {cfg.train.keep + 1} checkpoints take "
+            f"{needed / 1e6:.0f} MB; free some space, or lower train.keep"
+        )
+    return resuming
+
+
+def write(folder: Path, cfg: config.Config, shape: tuple[int, int, int]) -> None:
+    """Store the configuration of a run."""
+    tree = {
+        "config": config.to_json(cfg),
+        "digest": config.digest(cfg),
+        "shape": list(shape),
+        "versions": versions(),
+    }
+    write_json(folder / "config.json", tree)

@@ -1,0 +1,574 @@
+"""The report says what the result files say: on files made by hand, checked against hand-worked text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from mdiff import config as configs
+from mdiff.errors import UserError
+from mdiff.probes.audit import audit as run_audit
+from mdiff.probes.audit import save
+from mdiff.report import figures, words
+from mdiff.report.collect import Run, read_run
+from mdiff.report.page import terminal_table, write_report
+from mdiff.types import Estimate
+
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+def est(value: float, low: float, high: float, n: int = 256) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+ESTIMATES = {
+    "memorized": est(0.7616, 0.7058, 0.8096),
+    "control": est(0.0, 0.0, 0.0148),
+    "excess": est(0.7616, 0.7011, 0.8096),
+    "unique": est(0.94, 0.838, 0.979, 50),
+    "energy_heldout": est(0.21, 0.18, 0.24),
+    "energy_train": est(0.1, 0.09, 0.11),
+    "energy_floor": est(0.12, 0.1, 0.14, 50),
+}
+AMBIENT = ESTIMATES | {
+    "memorized": est(0.0, 0.0, 0.0148),
+    "excess": est(0.0, -0.0148, 0.0148),
+    "energy_heldout": est(0.27, 0.25, 0.29),
+}
+
+
+def curve(values: list[float]) -> dict[str, list[float]]:
+    tree = {"tau": [0.3, 0.6, 0.9]}
+    for kind in ("ams", "ums"):
+        tree |= {kind: values, f"{kind}_low": values, f"{kind}_high": values}
+    return tree
+
+
+def make(
+    folder: Path,
+    estimates: dict[str, Any] = ESTIMATES,
+    *,
+    cutoff: float = 0.0,
+    pixels: int = 16,
+    channels: int = 1,
+    drop: tuple[str, ...] = (),
+) -> Path:
+    """A run folder in the format of training and audit, without the parts named in `drop`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    ratio = np.linspace(0.99, 0.01, 40)  # the last generations are the most copy-like
+    arrays: dict[str, np.ndarray] = {
+        "ratio": ratio,
+        "control_ratio": np.linspace(0.7, 1.0, 40),
+        "d1": ratio / 10,
+        "memorized": ratio < 1 / 3,
+        "nearest_id": np.arange(40) + 100,
+        "flipped": np.arange(40) == 39,
+    }
+    # The top ones are stored out of order: the page must sort.
+    for kind, index in (("top", np.array([30, 39, 35, 20])), ("random", np.array([3, 38]))):
+        shape = (len(index), pixels, pixels, channels)
+        arrays[f"{kind}_generated"] = rng.integers(0, 256, shape, dtype=np.uint8)
+        arrays[f"{kind}_nearest"] = rng.integers(0, 256, shape, dtype=np.uint8)
+        arrays[f"{kind}_index"] = index
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{k: v for k, v in arrays.items() if k not in drop})
+    audit = {
+        "format": 1,
+        "arrays": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "estimates": estimates,
+        "counts": {"generated": 256, "train": 50, "heldout": None},
+        "percentiles": {"level": {"all": [5.0, 95.0]}, "d1": {"train": [0.01, 0.2]}},
+        "curves": {
+            "cosine": {"train": curve([1, 0.9, 0.7]), "heldout": curve([1, 0.3, 0.0])},
+            "rms": {"train": curve([0.2, 0.9, 1.0])},
+        },
+        "notes": ["256 generations cannot show rates below 1.2 %"],
+        "feature": "pca32-pixel",
+        "digests": {"train": "0123456789abcdef"},
+        "config": configs.to_json(configs.Audit()),
+    }
+    config = configs.Config(loss=configs.Loss(cutoff=cutoff))
+    rows: list[dict[str, Any]] = [{"step": step, "loss": 40 / step} for step in (50, 100, 150)]
+    rows.insert(
+        2, {"step": 100, "eval/memorized": 0.25, "eval/memorized_low": 0.1, "eval/memorized_high": 0.4}
+    )
+    files: dict[str, bytes] = {
+        "audit.npz": buffer.getvalue(),
+        "audit.json": json.dumps({k: v for k, v in audit.items() if k not in drop}).encode(),
+        "config.json": json.dumps(
+            {
+                "config": configs.to_json(config),
+                "digest": configs.digest(config),
+                "versions": {"mdiff": "0.1.0", "jax": "0.10.2"},
+            }
+        ).encode(),
+        "subset.json": json.dumps({"train": {"ids": [1, 2], "sha256": "feed" * 16}}).encode(),
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "ledger.json": json.dumps(
+            {"seconds": {"train": 140.0, "compile": 12.5}, "images_per_second": 180.0, "peak_rss_gb": 1.4}
+        ).encode(),
+    }
+    for name, content in files.items():
+        if name not in drop:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; fails on a tag closed out of order."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def report(tmp_path: Path, runs: dict[str, Path], **extra: Any) -> tuple[dict[str, Any], Page]:
+    out = tmp_path / "out"
+    returned = write_report(out, runs, title="Faces", extra=extra)
+    written = json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert written == returned
+    return written, Page((out / "report.html").read_text())
+
+
+def fake(name: str, estimates: dict[str, Any], **config: Any) -> Run:
+    numbers = {k: Estimate(**v) for k, v in estimates.items()}
+    rules = {"config": {"confidence": 0.95}}
+    return Run(name, Path(name), rules, numbers, {}, {"config": config}, {}, [], [], {})
+
+
+def told(*runs: Run) -> str:
+    return " ".join(words.verdict(runs)).replace(NBSP, " ")
+
+
+# Numbers as text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.7616, "76.2 %"), (1.0, "100.0 %"), (0.0, "0.0 %"), (0.0004, "<0.1 %"), (-0.02, "−2.0 %")],
+)
+def test_percent(value: float, text: str) -> None:
+    assert words.percent(value).replace(NBSP, " ") == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.21, "0.210"), (0.012345, "0.0123"), (12.0, "12.0"), (123.4, "123"), (0.0, "0"), (1e-7, "1.00e−07")],
+)
+def test_distance_has_three_digits(value: float, text: str) -> None:
+    assert words.distance(value) == text
+
+
+def test_a_number_and_its_interval_have_equal_decimals() -> None:
+    assert words.shown(Estimate(0.0005, -0.0015, 0.0025, 9), "distance") == ("0.00050", "[−0.00150, 0.00250]")
+    assert words.shown(Estimate(0.21, 0.18, 0.24, 9), "distance") == ("0.210", "[0.180, 0.240]")
+    assert words.shown(Estimate(0.5, 0.05, 1.0, 9), "rate")[1] == "[5.0, 100.0]"
+    assert words.shown(Estimate(0.5, float("nan"), 1.0, 9), "rate")[1] == ""
+
+
+def test_cumulative_counts_what_is_at_or_below() -> None:
+    values = np.random.default_rng(1).uniform(size=3000)
+    x, y = figures.cumulative(values)
+    assert len(x) <= 401
+    assert (x[0], y[0], y[-1]) == (0.0, 0.0, 1.0)
+    np.testing.assert_allclose(y[1:], [(values <= at).mean() for at in x[1:]])
+
+
+# The verdict
+
+
+def test_verdict_memorizes_and_costs_quality() -> None:
+    said = told(fake("standard", ESTIMATES), fake("ambient", AMBIENT))
+    assert "“standard” memorizes: 76.2 % of its 256 generations are copies" in said
+    assert "(95 % interval 70.6 to 81.0 %), against 0.0 % for held-out images" in said
+    assert "“ambient” shows no memorization: none of its 256 generations" in said
+    assert "cannot rule out a rate up to 1.5 %" in said
+    assert "“ambient” memorizes less than “standard”: 0.0 % against 76.2 %, and the intervals do not" in said
+    assert "lower memorization comes with worse quality" in said
+    assert "0.270 [0.250, 0.290] against 0.210 [0.180, 0.240]" in said
+
+
+def test_verdict_does_not_depend_on_the_order_of_the_runs() -> None:
+    said = told(fake("ambient", AMBIENT), fake("standard", ESTIMATES))
+    assert "“ambient” memorizes less than “standard”: 0.0 % against 76.2 %" in said
+    assert "comes with worse quality" in said
+
+
+def test_verdict_better_quality_and_quality_not_shown() -> None:
+    better = AMBIENT | {"energy_heldout": est(0.15, 0.14, 0.16)}
+    assert "comes with better quality" in told(fake("a", ESTIMATES), fake("b", better))
+    same = AMBIENT | {"energy_heldout": est(0.25, 0.23, 0.27)}
+    said = told(fake("a", ESTIMATES), fake("b", same))
+    assert "comes with no difference in quality that these intervals show" in said
+    assert "worse quality" not in said
+
+
+def test_verdict_overlapping_memorization_ranks_nobody() -> None:
+    close = ESTIMATES | {"memorized": est(0.7, 0.64, 0.75)}
+    said = told(fake("a", ESTIMATES), fake("b", close))
+    assert "No difference in memorization between “a” and “b” is shown" in said
+    assert "70.6 to 81.0 % and 64.0 to 75.0 %, overlap" in said
+    assert "memorizes less" not in said
+
+
+def test_verdict_chance_hits_are_not_memorization() -> None:
+    chance = ESTIMATES | {
+        "memorized": est(0.02, 0.008, 0.045),
+        "control": est(0.015, 0.005, 0.04),
+        "excess": est(0.005, -0.02, 0.03),
+    }
+    said = told(fake("a", chance))
+    assert "“a” shows no memorization beyond chance" in said
+    assert "−2.0 to 3.0 %, includes zero" in said
+    assert "lies below zero" in told(fake("a", chance | {"excess": est(-0.05, -0.08, -0.01)}))
+    loose = ESTIMATES | {"control": est(0.2, 0.15, 0.25)}
+    assert "The control of “a” is high" in told(fake("a", loose))
+
+
+def test_verdict_without_control_and_beside_the_floor() -> None:
+    bare = {k: ESTIMATES[k] for k in ("memorized", "energy_train")}
+    said = told(fake("a", bare))
+    assert "Without a held-out control" in said
+    assert "energy distance to the training images is 0.1" in said
+    assert "farther from held-out images" in told(fake("a", ESTIMATES))
+    assert "closer to held-out" in told(fake("a", ESTIMATES | {"energy_heldout": est(0.05, 0.04, 0.06)}))
+    assert "cannot be told from" in told(fake("a", ESTIMATES | {"energy_heldout": est(0.13, 0.11, 0.2)}))
+
+
+def test_verdict_warns_of_unequal_runs() -> None:
+    a = fake("a", ESTIMATES, train={"steps": 2000}, loss={"cutoff": 0.0})
+    b = fake("b", AMBIENT, train={"steps": 1500}, loss={"cutoff": 1.0})
+    said = told(a, b)
+    assert "number of steps (2,000 and 1,500)" in said
+    assert "at the last step of each; a run that learns more slowly also memorizes later" in said
+    fewer = AMBIENT | {"memorized": est(0.0, 0.0, 0.05, 64)}
+    assert "number of generations (256 and 64)" in told(fake("a", ESTIMATES), fake("b", fewer))
+    assert "Caution" not in told(fake("a", ESTIMATES), fake("b", AMBIENT))
+
+
+# report.json and the terminal
+
+
+def test_report_json_of_twins(tmp_path: Path) -> None:
+    runs = {"standard": make(tmp_path / "s"), "ambient": make(tmp_path / "a", AMBIENT, cutoff=1.0)}
+    tree, page = report(tmp_path, runs)
+    assert tree["runs"] == ["standard", "ambient"]
+    assert tree["seconds"] == 305.0  # 2 (140 + 12.5)
+    assert tree["peak_rss_gb"] == 1.4
+    assert tree["versions"] == {"mdiff": "0.1.0", "jax": "0.10.2"}
+    for name, numbers in (("standard", ESTIMATES), ("ambient", AMBIENT)):
+        entry = tree[name]
+        assert {k: entry[k] for k in ("memorized", "control", "excess")} == {
+            k: numbers[k] for k in ("memorized", "control", "excess")
+        }
+        assert entry["quality"] == numbers["energy_heldout"] | {"floor": 0.12}
+        assert entry["quality_reference"] == "held-out"
+        assert entry["estimates"]["unique"] == numbers["unique"]
+        assert entry["curve"] == [
+            {"step": 50, "loss": 0.8},
+            {"step": 100, "loss": 0.4},
+            {"step": 100, "memorized": 0.25, "memorized_low": 0.1, "memorized_high": 0.4},
+            {"step": 150, "loss": 40 / 150},
+        ]
+    assert [tree[name]["config"]["cutoff"] for name in tree["runs"]] == [0.0, 1.0]
+    assert tree["standard"]["sha256"] == {"train.sha256": "feed" * 16}
+    assert "run" not in tree
+    assert "76.2 %" in page.text
+    assert "feed" * 16 in page.text
+    assert page.text.count("256 generations cannot show rates") == 1  # one note of both runs
+    assert "different losses" in page.text
+    assert "after 150 steps" in page.text  # as logged, not the 2,000 of the config
+
+
+def test_caller_knows_the_wall_clock_and_the_command(tmp_path: Path) -> None:
+    tree, page = report(tmp_path, {"a": make(tmp_path / "a")}, seconds=512.0, command="make <demo>", cpus=2)
+    assert tree["seconds"] == 512.0
+    assert tree["run"] == tree["a"]
+    assert tree["extra"] == {"command": "make <demo>", "cpus": 2}
+    assert "make <demo>" in page.text
+
+
+def test_audit_alone(tmp_path: Path) -> None:
+    """No training run, no held-out images: only what is there is shown."""
+    energy = ESTIMATES["energy_train"]
+    numbers = {"memorized": ESTIMATES["memorized"], "energy_train": energy, "control": None}
+    drop = ("config.json", "subset.json", "metrics.jsonl", "ledger.json", "control_ratio", "percentiles")
+    tree, page = report(tmp_path, {"them": make(tmp_path / "a", numbers, drop=drop)})
+    entry = tree["run"]
+    assert (entry["control"], entry["excess"], entry["digest"], entry["curve"]) == (None, None, None, [])
+    assert entry["quality"] == {**energy, "floor": None}
+    assert entry["quality_reference"] == "train"
+    assert (tree["seconds"], tree["peak_rss_gb"], tree["versions"]) == (None, None, {})
+    assert "Quality: energy distance to train" in page.text
+    for absent in ("Control", "Excess", "Seconds by cause", "Loss and memorized", "steps", "digest"):
+        assert absent not in page.text
+
+
+def test_sections_without_files_are_hidden(tmp_path: Path) -> None:
+    whole = report(tmp_path, {"a": make(tmp_path / "a")})[1].text
+    for heading in ("Pictures", "Curves", "Limits", "drawn at random", "Percentiles"):
+        assert heading in whole
+    drop = ("audit.npz", "curves", "notes", "metrics.jsonl", "percentiles")
+    bare = report(tmp_path, {"a": make(tmp_path / "b", drop=drop)})[1].text
+    for heading in ("Pictures", "Curves", "Limits", "drawn at random", "Percentiles"):
+        assert heading not in bare
+
+
+LEAN = ("curves", "metrics.jsonl", "ratio", "control_ratio")
+"""Parts that only add figures, left out where a test is not about them."""
+
+
+def test_an_estimate_without_interval_is_shown_and_never_compared(tmp_path: Path) -> None:
+    open_ended = ESTIMATES | {"energy_heldout": est(0.21, 0, 0) | {"low": None, "high": None}}
+    tree, page = report(
+        tmp_path, {"a": make(tmp_path / "a", open_ended, drop=LEAN), "b": make(tmp_path / "b", drop=LEAN)}
+    )
+    assert tree["a"]["quality"]["low"] is None
+    assert "no interval" in page.text
+    assert "Their quality has no interval, so it is not compared" in page.text
+    assert "worse" not in " ".join(tree["verdict"])
+
+
+def test_terminal_table_has_every_number(tmp_path: Path) -> None:
+    runs = {"standard": make(tmp_path / "s", drop=LEAN), "[red]x": make(tmp_path / "a", AMBIENT, drop=LEAN)}
+    tree, _ = report(tmp_path, runs)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(terminal_table(tree))
+    text = console.export_text().replace(NBSP, " ")
+    assert "[red]x" in text
+    for cell in (
+        "76.2 % [70.6, 81.0] (n = 256)",
+        "0.210 [0.180, 0.240] (n = 256)",
+        "94.0 % [83.8, 97.9] (n = 50)",
+    ):
+        assert cell in text
+
+
+# The page
+
+
+def test_page_is_self_contained_and_accessible(tmp_path: Path) -> None:
+    _, page = report(tmp_path, {"a": make(tmp_path / "a"), "b": make(tmp_path / "b", AMBIENT)})
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert len(html.encode()) < 3e6
+    assert not page.all("script")
+    for _, attrs in page.tags:
+        for name in ("src", "href"):
+            assert (attrs.get(name) or "data:").startswith("data:")
+    assert "url(" not in html.split("</style>")[0]
+    assert "@import" not in html
+    images = page.all("img")
+    assert len(images) > 20
+    assert all(attrs.get("alt") for attrs in images)
+    assert all("scope" in attrs for attrs in page.all("th"))
+    for attrs in images:
+        kind, content = str(attrs["src"]).split(";base64,")
+        raw = base64.b64decode(content, validate=True)
+        if kind == "data:image/svg+xml":
+            ElementTree.fromstring(raw)
+        else:
+            Image.open(io.BytesIO(raw)).verify()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_exact_and_sorted_by_ratio(tmp_path: Path, channels: int) -> None:
+    folder = make(tmp_path / "a", channels=channels)
+    _, page = report(tmp_path, {"a": folder})
+    shown = [attrs for attrs in page.all("img") if str(attrs["alt"]).startswith("Generation ")]
+    order = [int(re.findall(r"\d+", str(attrs["alt"]))[0]) for attrs in shown]
+    assert order == [39, 35, 30, 20, 3, 38]  # ratio falls with the index; random ones keep their order
+    with np.load(folder / "audit.npz") as arrays:
+        first = arrays["top_generated"][list(arrays["top_index"]).index(39)]
+    raw = base64.b64decode(str(shown[0]["src"]).split(",")[1])
+    pixels = np.asarray(Image.open(io.BytesIO(raw)))
+    np.testing.assert_array_equal(pixels.reshape(first.shape), first)
+    # ratio < 1/3 holds for indices 27 and above: 39, 35, 30 of the top and 38 of the random ones.
+    assert [attrs.get("class") for attrs in page.all("li")][:6] == ["copied"] * 3 + [None, None, "copied"]
+    assert page.text.count("● memorized ratio") == 4
+    assert page.text.count("○ not flagged") == 2
+    assert page.text.count("139 mirrored") == 1
+
+
+def test_large_pictures_stay_small(tmp_path: Path) -> None:
+    """Noise is the worst case for compression; four pictures of 256 x 256 would be 800 kB as PNG."""
+    report(tmp_path, {"a": make(tmp_path / "a", pixels=256, channels=3, drop=LEAN)})
+    assert (tmp_path / "out" / "report.html").stat().st_size < 8e5
+
+
+@pytest.mark.parametrize(
+    "name", ["<b>bold</b>", "$\\frac{", "_hidden", '"><script>alert(1)</script>', "日本"]
+)
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_are_inert(tmp_path: Path, name: str) -> None:
+    tree, page = report(tmp_path, {name: make(tmp_path / "a", drop=("curves", "ratio", "control_ratio"))})
+    assert tree["runs"][0] == name
+    assert name in page.text
+    assert not page.all("script")
+    assert "bold" not in page.words  # as it would be, were <b> a tag
+
+
+def test_figures_show_the_control_only_when_there_is_one(tmp_path: Path) -> None:
+    run = read_run("a", make(tmp_path / "a"))
+    with_control, without = (figures.similarity([run], space, "ams") for space in ("cosine", "rms"))
+    assert with_control is not None
+    assert without is not None
+    assert with_control.count("stroke-dasharray") == 2  # the curve, and its entry in the legend
+    assert without.count("stroke-dasharray") == 0
+    assert figures.similarity([run], "absent", "ams") is None
+
+
+def test_same_files_same_page(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    pages = []
+    for name in ("one", "two"):
+        write_report(tmp_path / name, {"a": folder}, title="t")
+        pages.append((tmp_path / name / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_reads_what_the_audit_saves(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    train, heldout = rng.integers(0, 256, (2, 12, 8, 8, 1), dtype=np.uint8)
+    generated = np.concatenate([train[:6], rng.integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)])
+    rules = configs.Audit(bootstrap=50)
+    save(run_audit(generated, train, heldout, rules), tmp_path / "a")
+    tree, page = report(tmp_path, {"a": tmp_path / "a"})
+    assert (tree["run"]["memorized"]["value"], tree["run"]["memorized"]["n"]) == (6 / 16, 16)
+    assert tree["run"]["control"]["value"] == 0
+    alts = [str(attrs["alt"]) for attrs in page.all("img")]
+    top = [int(re.findall(r"\d+", alt)[0]) for alt in alts if alt.startswith("Generation ")][:6]
+    assert sorted(top) == list(range(6))
+    for heading in ("Similarity to the nearest image", "Distance to the nearest image", "Limits"):
+        assert heading in page.text
+
+
+# metrics.jsonl
+
+
+def test_metrics_of_an_interrupted_run(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    rows = ['{"step": 50, "loss": 1.0}', '{"step": 100, "loss": 9.0}', '{"step": 100, "loss": 0.5}']
+    (folder / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 150, "loss": NaN}', '{"step": 2']))
+    tree, _ = report(tmp_path, {"a": folder})
+    assert tree["a"]["curve"] == [
+        {"step": 50, "loss": 1.0},
+        {"step": 100, "loss": 0.5},
+        {"step": 150, "loss": None},
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(["{broken", *rows]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
+        read_run("a", folder)
+
+
+# Bad input
+
+
+def refuse(tmp_path: Path, runs: dict[str, Path], *expected: str) -> None:
+    """One line that says all of `expected`; nothing is written."""
+    with pytest.raises(UserError) as caught:
+        write_report(tmp_path / "out", runs, title="t")
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert text in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_audit_names_folder_and_command(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", drop=("audit.json",))
+    command = f"mdiff eval --workdir {folder} --probes audit"
+    refuse(tmp_path, {"good": make(tmp_path / "b"), "bad": folder}, "bad", "audit.json", command)
+    refuse(tmp_path, {"bad": tmp_path / "nowhere"}, "bad", "nowhere")
+    refuse(tmp_path, {}, "no run")
+    refuse(tmp_path, {"verdict": make(tmp_path / "c")}, "verdict", "another name")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"estimates": {"memo', "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[]", "list"),
+        (b'{"estimates": {}}', "memorized"),
+        (b'{"estimates": {"memorized": {"value": 0.5, "low": 0.4, "high": 0.6}}}', "memorized"),
+        (b'{"estimates": {"memorized": {"value": NaN, "low": 0, "high": 1, "n": 4}}}', "memorized"),
+        (b'{"estimates": {"memorized": {"value": "0", "low": 0, "high": 1, "n": 4}}}', "memorized"),
+        (b'{"format": 99, "estimates": {}}', "format 99"),
+    ],
+)
+def test_unreadable_audit(tmp_path: Path, content: bytes, text: str) -> None:
+    folder = make(tmp_path / "a")
+    (folder / "audit.json").write_bytes(content)
+    refuse(tmp_path, {"a": folder}, str(folder), text, f"mdiff eval --workdir {folder} --probes audit")
+
+
+def test_unreadable_arrays(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    whole = (folder / "audit.npz").read_bytes()
+    (folder / "audit.npz").write_bytes(whole[: len(whole) // 2])
+    refuse(tmp_path, {"a": folder}, "audit.npz", "cannot be read")
+    other = make(tmp_path / "b", pixels=8)
+    (folder / "audit.npz").write_bytes((other / "audit.npz").read_bytes())
+    refuse(tmp_path, {"a": folder}, "audit.npz", "not the one audit.json was saved with")
+    wrong = make(tmp_path / "c", drop=("arrays",))
+    with np.load(wrong / "audit.npz") as stored:
+        arrays = dict(stored)
+    np.savez(wrong / "audit.npz", **arrays | {"top_nearest": arrays["top_nearest"][:, :4]})
+    refuse(tmp_path, {"a": wrong}, "audit.npz", "top_")
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = make(tmp_path / "a", drop=LEAN), tmp_path / "out"
+    write_report(out, {"a": folder}, title="old")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_report(out, {"a": folder}, title="new")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another folder"):
+        write_report(tmp_path / "file" / "out", {"a": folder}, title="t")
