@@ -25,6 +25,7 @@ from mdiff.train import checkpoint, mesh, state, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
 from mdiff.train.preemption import stop_on_signal
+from mdiff.trees import size
 from mdiff.types import Array, Batch, Evaluator, Key, Objective, Params
 
 
@@ -122,7 +123,7 @@ def train(
         current = fresh() if restored is None else restored[0]
         if restored is None and init_from is not None:
             current = _with_params(current, init_from)
-        workdir.write(folder, cfg, model.shape)
+        workdir.write(folder, cfg, model.shape, size(current.params))
         save_subset(folder / "subset.json", subset, cfg.data)
         begin = int(current.step)
         checkpoints.discard_after(begin)

@@ -118,12 +118,13 @@ def check(folder: Path, cfg: config.Config, state_bytes: int = 0) -> bool:
     return resuming
 
 
-def write(folder: Path, cfg: config.Config, shape: tuple[int, int, int]) -> None:
-    """Store the configuration of a run."""
+def write(folder: Path, cfg: config.Config, shape: tuple[int, int, int], parameters: int) -> None:
+    """Store the configuration of a run and what it takes to rebuild its model."""
     tree = {
         "config": config.to_json(cfg),
         "digest": config.digest(cfg),
         "shape": list(shape),
+        "parameters": parameters,
         "versions": versions(),
     }
     write_json(folder / "config.json", tree)
