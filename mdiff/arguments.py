@@ -40,15 +40,11 @@ def parse(cls: type[T], arguments: Sequence[str], prog: str, defaults: dict[str,
     Raises:
       UserError: an option is unknown, lacks a value or has one of the wrong type.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name, value in (defaults or {}).items():
-        fields[name] = dataclasses.field(default=value, kw_only=True)  # type: ignore[assignment]
-    values = {
-        name: (defaults or {}).get(
-            name, field.default if field.default is not dataclasses.MISSING else tyro.MISSING
-        )
-        for name, field in fields.items()
+    values: dict[str, Any] = {
+        field.name: tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
     }
+    values |= defaults or {}
     output = io.StringIO()
     wanted_help = any(argument in ("-h", "--help") for argument in arguments)
     try:

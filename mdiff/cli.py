@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from mdiff import config, cpu
 from mdiff.arguments import option, parse
+from mdiff.config import Config
 from mdiff.errors import UserError
 
 
@@ -26,7 +28,7 @@ class TrainArgs:
     """Folder of the run; an interrupted run in it is resumed."""
     init_from: Path | None = None
     """Fine-tune: start from the averaged weights of this run, or of one of its checkpoints/STEP."""
-    fields: Annotated[config.Config, tyro.conf.arg(name="")] = config.Config()
+    fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ class DemoArgs:
     """Folder for both runs and the page; an interrupted demo in it is resumed."""
     steps: int | None = None
     """Training steps of both twins; the demo's own number when not given."""
-    again: bool = field(default=False)
+    again: bool = False
     """Start over: delete an earlier demo in the folder first."""
 
 
@@ -113,7 +115,7 @@ def train(arguments: Sequence[str]) -> int:
             monitor.say(
                 f"{outcome.stopped}: saved step {int(outcome.state.step)} of {args.fields.train.steps}"
             )
-            monitor.say(f"resume with: mdiff train {' '.join(arguments)}")
+            monitor.say(f"resume with: {shlex.join(['mdiff', 'train', *arguments])}")
         else:
             monitor.say(
                 f"trained to step {int(outcome.state.step)}; next: mdiff eval --workdir {args.workdir}"
@@ -142,7 +144,12 @@ def evaluate(arguments: Sequence[str]) -> int:
         if "audit" in args.probes:
             experiment.audit(made, args.workdir, monitor)
     if "audit" in args.probes:
-        _report(args.workdir, {made.config.name: args.workdir}, f"mdiff: {made.config.name}")
+        _report(
+            args.workdir,
+            {made.config.name: args.workdir},
+            f"mdiff: {made.config.name}",
+            _command("eval", arguments),
+        )
     return 0
 
 
@@ -176,7 +183,12 @@ def audit(arguments: Sequence[str]) -> int:
     with Monitor() as monitor:
         heldout = None if args.heldout is None else str(args.heldout)
         experiment.audit_folders(str(args.generated), str(args.train), heldout, args.audit, args.out, monitor)
-    _report(args.out, {args.generated.name or "generated": args.out}, f"Audit of {args.generated}")
+    _report(
+        args.out,
+        {args.generated.name or "generated": args.out},
+        f"Audit of {args.generated}",
+        _command("audit", arguments),
+    )
     return 0
 
 
@@ -187,16 +199,25 @@ def report(arguments: Sequence[str]) -> int:
     names = [folder.resolve().name for folder in args.workdir]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in args.workdir]
-    _report(args.out or args.workdir[0], dict(zip(names, args.workdir, strict=True)), args.title)
+    _report(
+        args.out or args.workdir[0],
+        dict(zip(names, args.workdir, strict=True)),
+        args.title,
+        _command("report", arguments),
+    )
     return 0
 
 
-def _report(out: Path, runs: dict[str, Path], title: str) -> None:
+def _command(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    return {"command": shlex.join(["mdiff", name, *arguments])}
+
+
+def _report(out: Path, runs: dict[str, Path], title: str, extra: dict[str, Any]) -> None:
     from rich.console import Console
 
     from mdiff.report.page import terminal_table, write_report
 
-    written = write_report(out, runs, title=title)
+    written = write_report(out, runs, title=title, extra=extra)
     console = Console()
     console.print(terminal_table(written))
     console.print(f"page: {(out / 'report.html').resolve()}", soft_wrap=True)
@@ -226,7 +247,13 @@ def demo(arguments: Sequence[str]) -> int:
     args = parse(DemoArgs, arguments, "mdiff demo")
     from mdiff.recipes import demo as recipe
 
-    return recipe.run(args.out, args.steps, args.again)
+    spent = recipe.run(args.out, args.steps, args.again)
+    if spent is not None:
+        title = "mdiff demo: a standard and an ambient twin on 50 faces"
+        extra = {**spent, **_command("demo", arguments)}
+        _report(args.out, {name: args.out / name for name in recipe.TWINS}, title, extra)
+        print(f"{spent['seconds']:.0f} s in all")
+    return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {

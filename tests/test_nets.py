@@ -56,9 +56,9 @@ def test_gates_of_one_change_nothing_and_zero_silences(small):
     for name, _ in named_leaves(gates):
         # One neuron off: the output must move, whichever layer it is in.
         off = jax.tree_util.tree_map_with_path(
-            lambda path, g, name=name: g.at[0].set(0.0)
-            if jax.tree_util.keystr(path, simple=True, separator="/") == name
-            else g,
+            lambda path, g, name=name: (
+                g.at[0].set(0.0) if jax.tree_util.keystr(path, simple=True, separator="/") == name else g
+            ),
             gates,
         )
         assert not np.array_equal(model.denoiser(params, off)(xt, t, None).x0, plain), name
@@ -99,7 +99,12 @@ def test_absent_gates_and_taps_cost_nothing(small):
     model, params = small
 
     def flops(fn):
-        return jax.jit(fn).lower(jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.6])).compile().cost_analysis()["flops"]
+        return (
+            jax.jit(fn)
+            .lower(jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.6]))
+            .compile()
+            .cost_analysis()["flops"]
+        )
 
     plain = flops(lambda x, t: model.apply(params, x, t)[0].x0)
     gated = flops(lambda x, t: model.apply(params, x, t, gates=model.gates(), taps=("*",)))

@@ -12,6 +12,7 @@ All three act on images at unit signal scale, x = x0 + sigma n, and are `(x, sig
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def _squared_distances(rows: Array, points: Array) -> Array:
     return jax.lax.map(lambda point: jnp.sum((rows - point) ** 2, axis=-1), points).T
 
 
-def _flat(x: Array) -> Array:
+def _flat(x: Any) -> Any:
     return x.reshape(len(x), -1)
 
 

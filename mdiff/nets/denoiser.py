@@ -58,7 +58,8 @@ class Model:
         """Conditions [B,E] of the labels [B]; None for a model without labels."""
         if self.embedding is None or label is None:
             return None
-        return self.embedding.apply({"params": params["embedding"]}, label)
+        cond: Array = self.embedding.apply({"params": params["embedding"]}, label)  # type: ignore[assignment]
+        return cond
 
     def gates(self) -> Params:
         """All gates of the network, set to one: the identity ablation."""
@@ -119,7 +120,11 @@ class Model:
 
     def denoiser(self, params: Params, gates: Params | None = None) -> Denoiser:
         """The restriction samplers and probes see: `(xt, t, cond) -> Prediction`."""
-        return lambda xt, t, cond=None: self.apply(params, xt, t, cond, gates)[0]
+
+        def denoise(xt: Array, t: Array, cond: Array | None = None) -> Prediction:
+            return self.apply(params, xt, t, cond, gates)[0]
+
+        return denoise
 
 
 def make_process(cfg: config.Process) -> VarianceExploding:

@@ -104,11 +104,12 @@ def _start(name: str, folder: Path, steps: int | None, cores: set[int]) -> subpr
     )
 
 
-def run(out: Path, steps: int | None = None, again: bool = False) -> int:
-    """Run or resume the demo in `out` and write its page.
+def run(out: Path, steps: int | None = None, again: bool = False) -> dict[str, float] | None:
+    """Run or resume both twins in `out/standard` and `out/ambient`.
 
     Returns:
-      The exit code: 0 also when a signal stopped it after saving.
+      `seconds` in all and `peak_rss_gb` (both workers ran at once, so their peaks add up), or None when
+      a signal stopped the twins after they saved.
 
     Raises:
       UserError: `out` holds something else, or a worker failed.
@@ -158,7 +159,7 @@ def run(out: Path, steps: int | None = None, again: bool = False) -> int:
             threads = [threading.Thread(target=follow, args=item, daemon=True) for item in workers.items()]
             for thread in threads:
                 thread.start()
-            for name, process in workers.items():
+            for process in workers.values():
                 process.wait()
             for thread in threads:
                 thread.join()
@@ -173,7 +174,7 @@ def run(out: Path, steps: int | None = None, again: bool = False) -> int:
     codes = {name: process.returncode for name, process in workers.items()}
     if stopped:
         console.print(f"{stopped[0]}: both twins saved; resume with: mdiff demo --out {out}", markup=False)
-        return 0
+        return None
     if any(codes.values()):
         failed = next(name for name, code in codes.items() if code)
         reason = (
@@ -182,21 +183,5 @@ def run(out: Path, steps: int | None = None, again: bool = False) -> int:
             else f"{failed}: worker ended with code {codes[failed]}; see {out / failed / 'stderr.log'}"
         )
         raise UserError(f"demo: {reason}")
-    return _report(out, seconds)
-
-
-def _report(out: Path, seconds: float) -> int:
-    from mdiff.report.page import terminal_table, write_report
-
     peaks = [json.loads((out / name / "ledger.json").read_text())["peak_rss_gb"] for name in TWINS]
-    written = write_report(
-        out,
-        {name: out / name for name in TWINS},
-        title="mdiff demo: a standard and an ambient twin on 50 faces",
-        # Both workers ran at once, so their peaks add up; this process holds no model.
-        extra={"seconds": round(seconds, 1), "peak_rss_gb": round(sum(peaks), 2)},
-    )
-    console = Console()
-    console.print(terminal_table(written))
-    console.print(f"{seconds:.0f} s in all; page: {(out / 'report.html').resolve()}", soft_wrap=True)
-    return 0
+    return {"seconds": round(seconds, 1), "peak_rss_gb": round(sum(peaks), 2)}

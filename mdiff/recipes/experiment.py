@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -122,7 +123,7 @@ def conditions(model: Model, params: Params, index: Array) -> Array | None:
     """Conditions of samples `index` [B]: classes in turn; None for a model without labels."""
     if model.embedding is None:
         return None
-    return model.embed(params, index % model.embedding.classes)  # type: ignore[attr-defined]
+    return model.embed(params, index % model.embedding.classes)
 
 
 def make_generator(model: Model, cfg: config.Sample) -> Callable[[Params, Array], Array]:
@@ -165,8 +166,7 @@ def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.nd
         for place, index in enumerate(batches(cfg.sample.n, cfg.sample.batch)):
             path = unfinished / f"{place:06d}.npy"
             if not path.is_file():
-                part = to_uint8(generate(params, index))
-                write_atomically(path, lambda temporary, part=part: np.save(temporary, part))
+                write_atomically(path, functools.partial(np.save, arr=to_uint8(generate(params, index))))
             parts.append(np.load(path))
             done = min((place + 1) * cfg.sample.batch, cfg.sample.n)
             monitor.progress("sample", done, cfg.sample.n, {})
