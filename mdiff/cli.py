@@ -16,6 +16,7 @@ from mdiff import config, cpu
 from mdiff.arguments import option, parse
 from mdiff.config import Config
 from mdiff.errors import UserError
+from mdiff.files import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,7 @@ def audit(arguments: Sequence[str]) -> int:
 
     if (args.out / "config.json").exists():
         raise UserError(f"--out {args.out}: holds a training run; choose another folder")
+    check_writable(args.out, "--out")
     with Monitor() as monitor:
         heldout = None if args.heldout is None else str(args.heldout)
         experiment.audit_folders(str(args.generated), str(args.train), heldout, args.audit, args.out, monitor)
@@ -196,6 +198,8 @@ def report(arguments: Sequence[str]) -> int:
     args = parse(ReportArgs, arguments, "mdiff report")
     if args.out is None and len(args.workdir) != 1:
         raise UserError("--out: name a folder for the page of several runs")
+    if args.out is not None:
+        check_writable(args.out, "--out")
     names = [folder.resolve().name for folder in args.workdir]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in args.workdir]

@@ -6,6 +6,7 @@ library below takes these small dataclasses or plain arguments and never looks a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -263,8 +264,11 @@ def load(path: str | Path) -> Config:
     spec = importlib.util.spec_from_file_location(f"mdiff_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (TypeError, ValueError, NameError, AttributeError, ImportError, SyntaxError) as error:
+        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UserError(f"--config {path}: defines no `config = Config(...)`")
-    return config
+    return from_json(Config, dataclasses.asdict(config), f"--config {path}")  # checks the types

@@ -51,16 +51,18 @@ class Monitor:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Monitor:
-        self._progress.start()
-        return self
+        return self  # the bars start with the first task, so that an early error stands alone
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._tasks:
+            self._progress.stop()
 
     def progress(self, task: str, done: int, total: int, scalars: Mapping[str, float]) -> None:
         """See `mdiff.train.loop.Monitor`."""
+        if not self._tasks:
+            self._progress.start()
         if task not in self._tasks:
             self._tasks[task] = self._progress.add_task(task, total=total, note="")
         self._progress.update(self._tasks[task], completed=done, total=total, note=note(scalars))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mdiff.errors import UserError
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it into place.
@@ -31,3 +33,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, tree: Any) -> None:
     """Write strict JSON (NaN and infinities are errors), atomically."""
     write_text(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
+
+
+def check_writable(folder: Path, field: str) -> Path:
+    """Can files be made in `folder`, or in the nearest parent that exists? Leaves nothing behind.
+
+    Returns:
+      The folder that was tried.
+
+    Raises:
+      UserError: it is a file, or cannot be written; `field` names it.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{field} {folder}: {existing} is a file; choose a folder")
+    probe = existing / f".mdiff-{os.getpid()}.probe"
+    try:
+        probe.write_bytes(b"\0" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"{field} {folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    finally:
+        if probe.exists():
+            probe.unlink()
+    return existing

@@ -250,6 +250,44 @@ def test_verdict_overlapping_memorization_ranks_nobody() -> None:
     assert "memorizes less" not in said
 
 
+def test_verdict_prefers_paired_differences() -> None:
+    """Overlapping intervals, but a paired difference that is not zero: the verdict follows the latter."""
+    close = ESTIMATES | {"memorized": est(0.7, 0.64, 0.75), "energy_heldout": est(0.23, 0.2, 0.26)}
+    runs = [fake("a", ESTIMATES), fake("b", close)]
+    difference = {
+        "memorized": Estimate(-0.0616, -0.1, -0.02, 256),
+        "energy_heldout": Estimate(0.02, 0.005, 0.035, 256),
+    }
+    said = " ".join(words.verdict(runs, {"b": difference})).replace(NBSP, " ")
+    assert "“b” memorizes less than “a”: 70.0 % against 76.2 %" in said
+    assert "“b” minus “a” is −6.2 [−10.0, −2.0] percentage points" in said
+    assert "comes with worse quality" in said
+    assert "paired difference 0.0200 [0.0050, 0.0350]" in said
+    assert "mdiff compare" not in said
+    nothing = {
+        "memorized": Estimate(-0.06, -0.13, 0.01, 256),
+        "energy_heldout": Estimate(0.1, -0.1, 0.3, 256),
+    }
+    said = " ".join(words.verdict(runs, {"b": nothing}))
+    assert "No difference in memorization" in said
+    assert "Nor is there a difference in quality" in said
+
+
+def test_paired_differences_are_on_the_page_of_real_audits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    train, heldout = rng.integers(0, 256, (2, 12, 8, 8, 1), dtype=np.uint8)
+    copies = train[rng.integers(0, 12, 40)]
+    fresh = rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    rules = configs.Audit(bootstrap=100)
+    for name, generated in (("copier", copies), ("fresh", fresh)):
+        save(run_audit(generated, train, heldout, rules), tmp_path / name)
+    tree, page = report(tmp_path, {name: tmp_path / name for name in ("copier", "fresh")})
+    change = tree["differences"]["fresh minus copier"]["memorized"]
+    assert change["value"] == -1.0
+    assert change["high"] < -0.8
+    assert "Paired differences: fresh minus copier" in page.text
+
+
 def test_verdict_chance_hits_are_not_memorization() -> None:
     chance = ESTIMATES | {
         "memorized": est(0.02, 0.008, 0.045),
@@ -495,7 +533,7 @@ def test_metrics_of_an_interrupted_run(tmp_path: Path) -> None:
         {"step": 150, "loss": None},
     ]
     (folder / "metrics.jsonl").write_text("\n".join(["{broken", *rows]))
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is damaged"):
         read_run("a", folder)
 
 

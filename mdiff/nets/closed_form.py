@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdiff.errors import UserError
 from mdiff.types import Array
 
 SigmaFn = Callable[[Array, Array], Array]
@@ -43,7 +44,7 @@ def empirical(images: np.ndarray) -> SigmaFn:
 
     def denoise(x: Array, sigma: Array) -> Array:
         logits = -_squared_distances(_flat(x), points) / (2 * sigma[:, None] ** 2)
-        return (jax.nn.softmax(logits) @ points).reshape(x.shape)
+        return _dot(jax.nn.softmax(logits), points).reshape(x.shape)
 
     return denoise
 
@@ -67,7 +68,8 @@ def gaussian(images: np.ndarray, ridge: float = 1e-3) -> SigmaFn:
 
     def denoise(x: Array, sigma: Array) -> Array:
         shrink = values / (values + sigma[:, None] ** 2)
-        return (mean + ((_flat(x) - mean) @ vectors * shrink) @ vectors.T).reshape(x.shape)
+        along = _dot(_flat(x) - mean, vectors)
+        return (mean + _dot(along * shrink, vectors.T)).reshape(x.shape)
 
     return denoise
 
@@ -80,9 +82,14 @@ def mixture(images: np.ndarray, share: float, ridge: float = 1e-3) -> SigmaFn:
 
     Args:
       images: [N,H,W,C] float in [-1, 1].
-      share: prior probability of the empirical part, in (0, 1).
+      share: prior probability of the empirical part, in [0, 1].
       ridge: as in `gaussian`.
+
+    Raises:
+      UserError: share is not a probability.
     """
+    if not 0 <= share <= 1:
+        raise UserError(f"share = {share}: is a probability; give a number from 0 to 1")
     points = jnp.asarray(_flat(images), jnp.float32)
     mean, vectors, values = (jnp.asarray(a, jnp.float32) for a in _spectrum(images, ridge))
     copy, smooth = empirical(images), gaussian(images, ridge)
@@ -93,7 +100,7 @@ def mixture(images: np.ndarray, share: float, ridge: float = 1e-3) -> SigmaFn:
         to_points = -_squared_distances(rows, points) / (2 * variance)
         log_copy = jax.nn.logsumexp(to_points, axis=-1) - jnp.log(len(points)) - size * jnp.log(sigma)
         spread = values + variance
-        along = (rows - mean) @ vectors
+        along = _dot(rows - mean, vectors)
         log_smooth = -0.5 * jnp.sum(along**2 / spread + jnp.log(spread), axis=-1)
         odds = jnp.log(share) - jnp.log1p(-share) + log_copy - log_smooth
         weight = jax.nn.sigmoid(odds)[:, None, None, None]

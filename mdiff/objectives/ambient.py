@@ -36,7 +36,9 @@ def mixing(sigma: Array, cutoff: float) -> Array:
 
 def missing_noise(sigma: Array, cutoff: float) -> Array:
     """sqrt(sigma^2 - tn^2), clamped before the root; 0 at and below the cutoff; sigma's shape."""
-    return jnp.sqrt(jnp.maximum(sigma - cutoff, 0.0) * (sigma + cutoff))
+    variance = jnp.maximum(sigma - cutoff, 0.0) * (sigma + cutoff)
+    # The inner `where` keeps the root's infinite slope at 0 out of gradients in sigma.
+    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
 
 
 def ambient_weight(sigma: Array, a: Array, cfg: config.Loss, sigma_data: float) -> Array:
@@ -47,8 +49,8 @@ def ambient_weight(sigma: Array, a: Array, cfg: config.Loss, sigma_data: float) 
     if cfg.weight == "x0":
         inside = a * cfg.max_gain >= 1.0  # below: the buffer, which must not fall back to clean data
         return jnp.where(inside, lam / jnp.where(inside, a, 1.0) ** 2, 0.0)
-    # At sigma = tn both the residual and a are exactly 0; the floor makes their quotient 0.
-    return lam / jnp.maximum(a**2 + lam * a * cfg.cutoff**2, 1e-20)
+    positive = a > 0  # at sigma = tn the residual is exactly 0 too, whatever its weight
+    return jnp.where(positive, lam / jnp.where(positive, a**2 + lam * a * cfg.cutoff**2, 1.0), 0.0)
 
 
 def ambient_loss(

@@ -149,21 +149,26 @@ def load(folder: str | Path) -> AuditResult:
     except (ValueError, zipfile.BadZipFile):
         raise UserError(f"{folder / 'audit.npz'}: damaged{again}") from None
     columns = [prefix + name for prefix in ("", "control_") for name in _COLUMNS]
-    return AuditResult(
-        rows={name: arrays[name] for name in columns if name in arrays},
-        estimates={name: value and Estimate(**_numbers(value)) for name, value in tree["estimates"].items()},
-        curves=tree["curves"],
-        percentiles=tree["percentiles"],
-        counts=tree["counts"],
-        notes=tree["notes"],
-        config=from_json(Audit, tree["config"], "audit"),
-        feature=tree["feature"],
-        hits=arrays["hits"],
-        ids={name: arrays[stored] for name, stored in _IDS.items() if stored in arrays},
-        digests=tree["digests"],
-        draws={name[6:]: values for name, values in arrays.items() if name.startswith("draws_")},
-        pictures={name: arrays[name] for name in _PICTURES},
-    )
+    try:
+        return AuditResult(
+            rows={name: arrays[name] for name in columns if name in arrays},
+            estimates={
+                name: value and Estimate(**_numbers(value)) for name, value in tree["estimates"].items()
+            },
+            curves=tree["curves"],
+            percentiles=tree["percentiles"],
+            counts=tree["counts"],
+            notes=tree["notes"],
+            config=from_json(Audit, tree["config"], "audit"),
+            feature=tree["feature"],
+            hits=arrays["hits"],
+            ids={name: arrays[stored] for name, stored in _IDS.items() if stored in arrays},
+            digests=tree["digests"],
+            draws={name[6:]: values for name, values in arrays.items() if name.startswith("draws_")},
+            pictures={name: arrays[name] for name in _PICTURES},
+        )
+    except KeyError as missing:
+        raise UserError(f"{folder / 'audit.json'}: its audit has no {missing.args[0]!r}{again}") from None
 
 
 def _numbers(tree: dict[str, Any]) -> dict[str, Any]:

@@ -15,15 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from mdiff import config
 from mdiff.console import make_progress, note
 from mdiff.errors import UserError
-from mdiff.files import write_json
+from mdiff.files import check_writable, write_json
 
 STANDARD = config.Config(
     name="standard",
@@ -44,6 +45,9 @@ STANDARD = config.Config(
 )
 AMBIENT = replace(STANDARD, name="ambient", loss=replace(STANDARD.loss, cutoff=1.0))
 TWINS = {"standard": STANDARD, "ambient": AMBIENT}
+
+STOPPED = 3
+"""Exit code of a worker that saved because a signal asked it to."""
 
 
 class LineMonitor:
@@ -69,11 +73,11 @@ def worker(name: str, folder: Path, steps: int | None) -> int:
     try:
         made = experiment.prepare(cfg)
         if experiment.train(made, folder, monitor).stopped:
-            return 3
+            return STOPPED
         experiment.sample(made, folder, monitor)
         experiment.audit(made, folder, monitor)
     except UserError as error:
-        monitor.say(f"error: {error}")
+        print(json.dumps({"error": str(error)}), flush=True)
         return 2
     return 0
 
@@ -89,19 +93,87 @@ def _cores(count: int) -> list[set[int]]:
 def _start(name: str, folder: Path, steps: int | None, cores: set[int]) -> subprocess.Popen[str]:
     """One worker, confined to `cores` before it imports jax, which sizes its thread pool by them."""
     code = (
-        "import os, sys; os.sched_setaffinity(0, eval(sys.argv[4]));"
+        "import ctypes, json, os, sys; name, folder, steps, cores = json.loads(sys.argv[1]);"
+        "ctypes.CDLL(None).prctl(1, 9);"  # PR_SET_PDEATHSIG: a killed parent leaves no worker behind
+        "os.sched_setaffinity(0, cores);"
         "from mdiff import cpu; cpu.tune();"
         "from pathlib import Path; from mdiff.recipes.demo import worker;"
-        "sys.exit(worker(sys.argv[1], Path(sys.argv[2]), eval(sys.argv[3])))"
+        "sys.exit(worker(name, Path(folder), steps))"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, name, str(folder), repr(steps), repr(cores)],
-        stdout=subprocess.PIPE,
-        stderr=(folder / "stderr.log").open("w"),
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches the parent, which tells the workers once
-    )
+    with (folder / "stderr.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps([name, str(folder), steps, sorted(cores)])],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches the parent, which tells the workers once
+        )
+
+
+@dataclass
+class _Worker:
+    """A twin's process, what it said last, and the bars it fills."""
+
+    name: str
+    process: subprocess.Popen[str]
+    error: str = ""
+
+    def follow(self, progress: Progress) -> None:
+        """Show what the process reports until it ends; runs in a thread of its own."""
+        tasks: dict[str, TaskID] = {}
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            event = json.loads(line)
+            if "error" in event:
+                self.error = event["error"]
+            elif "say" in event:
+                progress.console.print(f"{self.name}: {event['say']}", markup=False, highlight=False)
+            else:
+                task, total = event["task"], event["total"]
+                if task not in tasks:
+                    tasks[task] = progress.add_task(f"{self.name} {task}", total=total, note="")
+                progress.update(tasks[task], completed=event["done"], note=event["note"])
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+
+def _watch(workers: list[_Worker], console: Console) -> str:
+    """Wait for the workers; a signal, or one worker's failure, asks the others to save and stop.
+
+    Returns:
+      The name of the signal that stopped them, or "".
+    """
+    stopped = ""
+
+    def forward(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = signal.Signals(number).name
+        for worker in workers:
+            worker.stop(number)
+
+    handled = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, forward) for number in handled}
+    try:
+        with make_progress(console) as progress:
+            threads = [threading.Thread(target=worker.follow, args=(progress,)) for worker in workers]
+            for thread in threads:
+                thread.start()
+            while any(worker.process.poll() is None for worker in workers):
+                if any(worker.process.poll() for worker in workers):
+                    for worker in workers:
+                        worker.stop()
+                time.sleep(0.2)
+            for thread in threads:
+                thread.join()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for worker in workers:
+            worker.stop(signal.SIGKILL)
+    return stopped
 
 
 def run(out: Path, steps: int | None = None, again: bool = False) -> dict[str, float] | None:
@@ -114,74 +186,41 @@ def run(out: Path, steps: int | None = None, again: bool = False) -> dict[str, f
     Raises:
       UserError: `out` holds something else, or a worker failed.
     """
-    if again and out.exists():
-        if not (out / "standard").is_dir():
-            raise UserError(f"--out {out}: is not a demo; delete it yourself if you mean it")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
     clock = out / "clock.json"
-    spent = json.loads(clock.read_text())["seconds"] if clock.is_file() else 0.0
-    begin = time.perf_counter()
+    if out.exists() and not (clock.is_file() or (out.is_dir() and not any(out.iterdir()))):
+        raise UserError(f"--out {out}: holds something other than a demo; choose another folder")
+    check_writable(out, "--out")
+    if again and out.exists():
+        shutil.rmtree(out)
+    seconds, finished = 0.0, None
+    if clock.is_file():
+        stored = json.loads(clock.read_text())
+        seconds, finished = stored["seconds"], stored["finished"]
+    wanted = steps if steps is not None else STANDARD.train.steps
     console = Console(stderr=True)
-    workers = {
-        name: _start(name, out / name, steps, cores)
-        for (name, cores) in zip(TWINS, _cores(len(TWINS)), strict=True)
-    }
-    stopped: list[str] = []
-
-    def forward(number: int, frame: object) -> None:
-        stopped.append(signal.Signals(number).name)
-        for process in workers.values():
-            if process.poll() is None:
-                process.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    errors: list[str] = []
-    try:
-        with make_progress(console) as progress:
-
-            def follow(name: str, process: subprocess.Popen[str]) -> None:
-                tasks: dict[str, object] = {}
-                assert process.stdout is not None
-                for line in process.stdout:
-                    event = json.loads(line)
-                    if "say" in event:
-                        (errors.append if event["say"].startswith("error: ") else progress.console.print)(
-                            f"{name}: {event['say']}"
-                        )
-                        continue
-                    if event["task"] not in tasks:
-                        tasks[event["task"]] = progress.add_task(
-                            f"{name} {event['task']}", total=event["total"], note=""
-                        )
-                    progress.update(tasks[event["task"]], completed=event["done"], note=event["note"])  # type: ignore[arg-type]
-
-            threads = [threading.Thread(target=follow, args=item, daemon=True) for item in workers.items()]
-            for thread in threads:
-                thread.start()
-            for process in workers.values():
-                process.wait()
-            for thread in threads:
-                thread.join()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for process in workers.values():
-            if process.poll() is None:
-                process.kill()
-        seconds = spent + time.perf_counter() - begin
-        write_json(clock, {"seconds": seconds})
-    codes = {name: process.returncode for name, process in workers.items()}
-    if stopped:
-        console.print(f"{stopped[0]}: both twins saved; resume with: mdiff demo --out {out}", markup=False)
-        return None
-    if any(codes.values()):
-        failed = next(name for name, code in codes.items() if code)
-        reason = (
-            errors[0]
-            if errors
-            else f"{failed}: worker ended with code {codes[failed]}; see {out / failed / 'stderr.log'}"
-        )
-        raise UserError(f"demo: {reason}")
+    if finished == wanted:
+        console.print("this demo is complete; --again starts it over", markup=False)
+    else:
+        write_json(clock, {"seconds": seconds, "finished": None})
+        begin = time.perf_counter()
+        cores = _cores(len(TWINS))
+        workers = [
+            _Worker(name, _start(name, out / name, steps, own))
+            for name, own in zip(TWINS, cores, strict=True)
+        ]
+        stopped = _watch(workers, console)
+        # Before and after training there is nothing to save, so there a signal simply ends a worker.
+        fine = (0, STOPPED, -signal.SIGTERM, -signal.SIGINT)
+        failed = [worker for worker in workers if worker.process.returncode not in fine]
+        seconds += time.perf_counter() - begin
+        write_json(clock, {"seconds": seconds, "finished": None if failed or stopped else wanted})
+        if failed:
+            first = next((worker for worker in failed if worker.error), failed[0])
+            log = out / first.name / "stderr.log"
+            reason = first.error or f"the worker ended with code {first.process.returncode}; see {log}"
+            raise UserError(f"{first.name} twin: {reason}")
+        if stopped:
+            console.print(f"{stopped}: both twins saved; resume with: mdiff demo --out {out}", markup=False)
+            return None
     peaks = [json.loads((out / name / "ledger.json").read_text())["peak_rss_gb"] for name in TWINS]
     return {"seconds": round(seconds, 1), "peak_rss_gb": round(sum(peaks), 2)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rich.text import Text
 from mdiff import __version__
 from mdiff.errors import UserError
 from mdiff.files import write_text
+from mdiff.probes import results
+from mdiff.probes.compare import compare
 from mdiff.report import figures, views, words
 from mdiff.report.collect import Run, as_json, read_run, strict
 from mdiff.types import Estimate
@@ -41,7 +44,8 @@ def write_report(
     if not runs:
         raise UserError("report: no run given; name at least one run folder")
     read = [read_run(name, Path(folder)) for name, folder in runs.items()]
-    report = _report(read, title, dict(extra or {}))
+    paired = _paired(runs)
+    report = _report(read, paired, title, dict(extra or {}))
     html = _html(read, report)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     out = Path(out)
@@ -75,12 +79,26 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _report(runs: Sequence[Run], title: str, extra: dict[str, Any]) -> dict[str, Any]:
+def _paired(runs: Mapping[str, Path]) -> dict[str, dict[str, Estimate]]:
+    """Paired differences of every run to the first; a run that cannot be paired with it is left out."""
+    first, *others = ((name, Path(folder)) for name, folder in runs.items())
+    found = {}
+    for name, folder in others:
+        try:
+            found[name] = compare(results.load(first[1]), results.load(folder))
+        except UserError:  # other images, rules or number of generations: the page compares intervals then
+            continue
+    return found
+
+
+def _report(
+    runs: Sequence[Run], paired: Mapping[str, Mapping[str, Estimate]], title: str, extra: dict[str, Any]
+) -> dict[str, Any]:
     """`report.json`, with nothing in it that JSON cannot hold."""
     ledgers = [run.ledger for run in runs if run.ledger]
     seconds = [sum((ledger.get("seconds") or {}).values()) for ledger in ledgers]
     peaks = [ledger["peak_rss_gb"] for ledger in ledgers if ledger.get("peak_rss_gb") is not None]
-    reserved = {"title", "seconds", "peak_rss_gb", "versions", "runs", "verdict", "extra"}
+    reserved = {"title", "seconds", "peak_rss_gb", "versions", "runs", "verdict", "differences", "extra"}
     if taken := sorted(reserved & {run.name for run in runs}):
         raise UserError(f"run name {taken[0]!r}: is a field of report.json; choose another name")
     entries = {run.name: as_json(run) for run in runs}
@@ -91,7 +109,11 @@ def _report(runs: Sequence[Run], title: str, extra: dict[str, Any]) -> dict[str,
             "peak_rss_gb": extra.pop("peak_rss_gb", max(peaks, default=None)),
             "versions": _versions(runs),
             "runs": [run.name for run in runs],
-            "verdict": words.verdict(runs),
+            "verdict": words.verdict(runs, paired),
+            "differences": {
+                f"{name} minus {runs[0].name}": {measure: asdict(value) for measure, value in found.items()}
+                for name, found in paired.items()
+            },
             "extra": extra,
             **entries,
             **({"run": entries[runs[0].name]} if len(runs) == 1 else {}),
@@ -116,6 +138,7 @@ def _html(runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         css=Markup((here / "page.css").read_text(encoding="utf-8")),
         runs=shown,
         rows=views.table(runs, report),
+        differences=views.differences(report),
         level=levels[0] + " " if len(levels) == 1 else "",
         feature=", ".join(sorted({str(run.audit["feature"]) for run in runs if run.audit.get("feature")})),
         glance=views.embedded(

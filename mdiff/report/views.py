@@ -36,6 +36,21 @@ SPACES = (
 )
 
 
+PAIRED = {
+    "memorized": "Memorized",
+    "calibrated": "Calibrated L2",
+    "control": "Control",
+    "d1": "RMS distance to the nearest training image",
+    "log_ratio": "Logarithm of the ratio",
+    "cosine": "Cosine to the nearest training image",
+    "energy_train": "Energy distance to training images",
+    "energy_heldout": "Energy distance to held-out images",
+    "kernel_train": "Kernel distance to training images",
+    "kernel_heldout": "Kernel distance to held-out images",
+}
+"""What `probes.compare` compares, in words."""
+
+
 def table(runs: Sequence[Run], report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of numbers: label, meaning and one cell per run."""
     entries = [report[run.name] for run in runs]
@@ -276,3 +291,20 @@ def seconds(runs: Sequence[Run]) -> list[dict[str, Any]]:
         }
         for cause in causes
     ]
+
+
+def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One table per pair of runs: what, the paired difference, its interval, whether that excludes zero."""
+    tables = []
+    for pair, found in report["differences"].items():
+        rows = []
+        for name, fields in found.items():
+            kind = "rate" if name in ("memorized", "calibrated", "control") else "distance"
+            value = Estimate(**fields)
+            text, interval = words.shown(value, kind)
+            shown = "" if value.low <= 0 <= value.high else "not zero"
+            rows.append(
+                {"label": PAIRED[name], "value": text, "interval": interval, "n": value.n, "shown": shown}
+            )
+        tables.append({"pair": pair, "rows": rows})
+    return tables

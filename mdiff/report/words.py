@@ -1,14 +1,16 @@
 """Numbers as text, what each measure means, and the verdict: sentences that follow from the intervals.
 
-Every sentence is chosen by comparing confidence intervals. Where two overlap, the page says that nothing
-is shown; it never ranks by the point estimates alone.
+Every sentence is chosen by confidence intervals: of the paired difference where two runs allow one, else of
+the two numbers. Where a difference may be zero, or two intervals overlap, the page says that nothing is
+shown; it never ranks by the point estimates alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mdiff.report.collect import Run
 from mdiff.types import Estimate
@@ -202,6 +204,10 @@ def fraction(value: float) -> str:
     return distance(value)
 
 
+Differences: TypeAlias = Mapping[str, Estimate]
+"""Paired differences to the first run by measure, from `probes.compare`."""
+
+
 def overlap(a: Estimate, b: Estimate) -> bool:
     """Whether the two intervals share a point; both must have one (`bounded`)."""
     return a.low <= b.high and b.low <= a.high
@@ -212,17 +218,23 @@ def bounded(value: Estimate) -> bool:
     return math.isfinite(value.low) and math.isfinite(value.high)
 
 
-def verdict(runs: Sequence[Run]) -> list[str]:
-    """The report's first words, as paragraphs: each run, the comparisons with the first run, the cautions."""
+def verdict(runs: Sequence[Run], paired: Mapping[str, Differences] | None = None) -> list[str]:
+    """The report's first words, as paragraphs: each run, the comparisons with the first run, the cautions.
+
+    `paired` holds, for every run that allows it, its paired differences to the first run; without them two
+    runs are compared by whether their intervals overlap.
+    """
+    paired = paired or {}
     paragraphs = [" ".join(_single(run, alone=len(runs) == 1)) for run in runs]
     for other in runs[1:]:
-        paragraphs.append(" ".join(_pair(runs[0], other)))
+        paragraphs.append(" ".join(_pair(runs[0], other, paired.get(other.name, {}))))
     cautions = [sentence for other in runs[1:] for sentence in _differences(runs[0], other)]
-    if len(runs) > 1:
+    if any(other.name not in paired for other in runs[1:]):
         cautions.append(
             "Overlapping intervals are a cautious test; the command “mdiff compare” gives sharper, paired "
             "differences."
         )
+    if len(runs) > 1:
         cautions.append(
             "The intervals cover the draw of generations, not the luck of one training: "
             "another training seed can move these numbers by more."
@@ -282,25 +294,40 @@ def _own_quality(quality: Estimate, reference: str, floor: Estimate | None) -> s
     )
 
 
-def _pair(first: Run, other: Run) -> list[str]:
+def _pair(first: Run, other: Run, paired: Differences) -> list[str]:
     a, b = first.estimates["memorized"], other.estimates["memorized"]
-    differ = not overlap(a, b)
+    change = paired.get("memorized")
+    differ = not overlap(a, b) if change is None else not _includes_zero(change)
     low, high = (other, first) if b.value <= a.value else (first, other)
     if differ:
         less, more = (percent(run.estimates["memorized"].value) for run in (low, high))
         said = [
             f"“{low.name}” memorizes less than “{high.name}”: {less} against {more}, "
-            "and the intervals do not overlap."
+            + ("and the intervals do not overlap." if change is None else f"{_points(change, first, other)}.")
         ]
     else:
         said = [
             f"No difference in memorization between “{first.name}” and “{other.name}” is shown: "
-            f"their intervals, {_span(a)} and {_span(b)}, overlap."
+            + (
+                f"their intervals, {_span(a)} and {_span(b)}, overlap."
+                if change is None
+                else f"{_points(change, first, other)}."
+            )
         ]
-    return said + _compare_quality(low, high, differ)
+    return said + _compare_quality(low, high, differ, paired)
 
 
-def _compare_quality(low: Run, high: Run, differ: bool) -> list[str]:
+def _includes_zero(change: Estimate) -> bool:
+    return change.low <= 0 <= change.high
+
+
+def _points(change: Estimate, first: Run, other: Run) -> str:
+    value, span = shown(change, "rate")
+    difference = f"{value.removesuffix(_UNIT)} {span} percentage points"
+    return f"paired over generations, “{other.name}” minus “{first.name}” is {difference}"
+
+
+def _compare_quality(low: Run, high: Run, differ: bool, paired: Differences) -> list[str]:
     """How the run that memorizes less does in quality, beside the one that memorizes more."""
     if low.quality is None or high.quality is None:
         return []
@@ -310,7 +337,10 @@ def _compare_quality(low: Run, high: Run, differ: bool) -> list[str]:
     scale = f"energy distance to {_images(reference)} {_score(a)} against {_score(b)}, lower is better"
     if not (bounded(a) and bounded(b)):
         return [f"Their quality has no interval, so it is not compared: {scale}."]
-    if overlap(a, b):
+    change = paired.get("energy_heldout" if reference == "held-out" else "energy_train")
+    if change is not None:
+        scale += f"; paired difference {_score(change)}"
+    if overlap(a, b) if change is None else _includes_zero(change):
         start = "Its lower memorization comes with no" if differ else "Nor is there a"
         return [f"{start} difference in quality that these intervals show: {scale}."]
     word = "worse" if a.value > b.value else "better"

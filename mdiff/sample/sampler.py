@@ -25,11 +25,15 @@ from mdiff.types import Array, Denoiser, Key
 
 
 class Interval(NamedTuple):
-    """One step of the grid: from time t (index `step`) down to time s, with per-sample keys."""
+    """One step of the grid: from time t (index `step`) down to time s.
+
+    `last` is known before tracing; then s = 0, where there is no noise left and eps is undefined.
+    """
 
     step: Array
     t: Array
     s: Array
+    last: bool
 
 
 Step = Callable[[Denoiser, Array, Interval, Key, "Array | None"], Array]
@@ -60,12 +64,17 @@ def heun(process: GaussianProcess, cfg: config.Sample) -> Step:
             added = jnp.sqrt(jnp.maximum(raised - sigma, 0.0) * (raised + sigma))
             u = u + added * cfg.churn_noise * _noise(keys, at.step, u.shape)
             sigma = raised
-        d = _eps(process, denoiser, u, sigma, cond)
-        euler = u + (target - sigma) * d
-        # The last step goes to sigma = 0, where eps is undefined: plain Euler, which lands on D.
-        safe = jnp.where(target > 0, target, 1.0)
-        d2 = _eps(process, denoiser, euler, safe, cond)
-        return jnp.where(target > 0, u + (target - sigma) * 0.5 * (d + d2), euler)
+        if at.last:
+            return u - sigma * _eps(process, denoiser, u, sigma, cond)  # Euler; it lands on D
+
+        # Predictor and corrector as a scan of two, so that the network is compiled once.
+        def slope(carry: tuple[Array, Array], level: Array) -> tuple[tuple[Array, Array], None]:
+            x, total = carry
+            d = _eps(process, denoiser, x, level, cond)
+            return (u + (target - sigma) * d, total + d), None
+
+        (_, total), _ = jax.lax.scan(slope, (u, jnp.zeros_like(u)), jnp.stack([sigma, target]))
+        return u + (target - sigma) * 0.5 * total
 
     return step
 
@@ -119,12 +128,14 @@ def integrate(
       [B,H,W,C] images, not clipped.
     """
     times = jnp.asarray(grid, jnp.float32)
-    intervals = Interval(jnp.arange(len(grid) - 1), times[:-1], times[1:])
+    final = len(grid) - 2
 
-    def body(u: Array, at: Interval) -> tuple[Array, None]:
-        return step(denoiser, u, at, keys, cond), None
+    def body(u: Array, at: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return step(denoiser, u, Interval(*at, last=False), keys, cond), None
 
-    return jax.lax.scan(body, start(process, keys, shape), intervals)[0]
+    before = (jnp.arange(final), times[:final], times[1 : final + 1])
+    u, _ = jax.lax.scan(body, start(process, keys, shape), before)
+    return step(denoiser, u, Interval(jnp.int32(final), times[final], times[-1], last=True), keys, cond)
 
 
 def check(cfg: config.Sample) -> None:
@@ -132,6 +143,8 @@ def check(cfg: config.Sample) -> None:
     for name, low in (("n", 1), ("batch", 1), ("steps", 2)):
         if getattr(cfg, name) < low:
             raise UserError(f"sample.{name} = {getattr(cfg, name)}: must be {low} or more")
+    if cfg.method not in METHODS:
+        raise UserError(f"sample.method = {cfg.method!r}: must be one of {', '.join(METHODS)}")
     if cfg.churn < 0:
         raise UserError(f"sample.churn = {cfg.churn}: must be 0 (deterministic) or above")
     if not 0 <= cfg.eta <= 1:

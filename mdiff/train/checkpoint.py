@@ -1,26 +1,65 @@
 """Checkpoints: orbax behind a few functions, so that its next API generation is a local change.
 
 Saving is asynchronous and atomic: a checkpoint is a directory that orbax renames into place and marks
-complete. Beside the state each holds a small JSON `meta` (the run's clock and position). A checkpoint that
-cannot be read is passed over for the next older one, and said so.
+complete. Beside the state each holds a small JSON `meta` (the run's clock and position), and the sums of its
+files, since tensorstore does not notice a changed bit inside an array. A checkpoint that is not whole is
+passed over for the next older one, and said so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mdiff import config
 from mdiff.errors import UserError
+from mdiff.files import write_json
 from mdiff.train.state import TrainState
 
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError)
-"""What orbax and tensorstore raise for missing, cut or garbled files (they document no narrower type)."""
+_FAILURES = (ValueError, OSError, KeyError, TypeError, RuntimeError)
+"""What orbax and tensorstore raise when reading or writing fails (they document no narrower type)."""
+
+_ITEMS = ("state", "meta")
+_SUMS = "sums.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays, generously
+
+
+def _sums(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint's items, by path below it."""
+    files = sorted(file for item in _ITEMS for file in (checkpoint / item).rglob("*") if file.is_file())
+    found = {}
+    for file in files:
+        with file.open("rb") as opened:
+            found[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint, "" when they are as they were written."""
+    try:
+        written = json.loads((checkpoint / _SUMS).read_text())
+        found = _sums(checkpoint)
+    except (OSError, ValueError):
+        return f"{_SUMS} is missing or damaged"
+    for name in written:
+        if found.get(name) != written[name]:
+            return f"{name} {'has changed' if name in found else 'is missing'}"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 class Checkpoints:
@@ -31,6 +70,7 @@ class Checkpoints:
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         self.folder = folder.absolute()
+        self._saving = -1
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -38,6 +78,7 @@ class Checkpoints:
                 save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides when
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
 
@@ -47,30 +88,70 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Failed writes, which surface in whichever call waits for them, as one line."""
+        try:
+            yield
+        except _FAILURES as error:
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({_first_line(error)}); make room or permit writing, "
+                "then run the same command again"
+            ) from error
+
+    def _seal(self) -> None:
+        """Write the sums; orbax calls this when all files are there and the directory is not yet renamed."""
+        if jax.process_index() == 0:
+            for unfinished in self.folder.glob(f"{self._saving}{_UNFINISHED}*"):
+                write_json(unfinished / _SUMS, _sums(unfinished))
 
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Save `state` at its own step; returns at once. Saving the newest step again does nothing."""
+        """Save `state` at its own step; returns at once. Saving the newest step again does nothing.
+
+        Raises:
+          UserError: there is no room, or this save or the last one failed.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        )
+        self.wait()
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.folder}: {free / 1e6:.1f} MB free, but a checkpoint takes {needed / 1e6:.1f} MB; free some "
+                f"space, then run the same command again: checkpoints {self.steps()} are kept"
+            )
+        self._saving = step
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        with self._writing():
+            self._manager.save(step, args=args)
 
     def wait(self) -> None:
-        """Block until pending saves are complete."""
-        self._manager.wait_until_finished()
+        """Block until pending saves are complete.
+
+        Raises:
+          UserError: one of them failed.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def discard_after(self, step: int) -> None:
-        """Delete checkpoints newer than `step`, so that training can save those steps again."""
+        """Delete checkpoints newer than `step`, so that training can save those steps again, and what
+        killed saves left behind."""
+        self.wait()
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
+        for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(unfinished)
 
     def restore(
         self, abstract: Any, warn: Callable[[str], None], only: int | None = None
@@ -87,6 +168,11 @@ class Checkpoints:
         """
         steps = [step for step in self.steps() if only in (None, step)]
         for step in reversed(steps):
+            # Before orbax, which also prints tracebacks of its threads when a file is cut.
+            damage = _damage(self.folder / str(step))
+            if damage:
+                warn(f"checkpoint {step} in {self.folder} cannot be read ({damage})")
+                continue
             try:
                 restored = self._manager.restore(
                     step,
@@ -94,9 +180,8 @@ class Checkpoints:
                         state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
                     ),
                 )
-            except _UNREADABLE as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                warn(f"checkpoint {step} in {self.folder} cannot be read ({lines[0][:160]})")
+            except _FAILURES as error:
+                warn(f"checkpoint {step} in {self.folder} cannot be read ({_first_line(error)})")
                 continue
             return restored["state"], restored["meta"]
         if steps:

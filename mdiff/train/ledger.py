@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mdiff.errors import UserError
 from mdiff.files import write_json
 
 
@@ -33,11 +34,18 @@ class Ledger:
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
-        """The ledger a former process of this run left, or an empty one."""
+        """The ledger a former process of this run left, or an empty one.
+
+        Raises:
+          UserError: the file is damaged.
+        """
         if not path.is_file():
             return cls()
-        stored = json.loads(path.read_text())
-        return cls(stored["seconds"], stored["images"], stored["peak_rss_gb"])
+        try:
+            stored = json.loads(path.read_text())
+            return cls(stored["seconds"], stored["images"], stored["peak_rss_gb"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); delete it to start the clock anew") from None
 
     def _settle(self) -> None:
         now = time.perf_counter()

@@ -29,6 +29,18 @@ from mdiff.trees import size
 from mdiff.types import Array, Batch, Evaluator, Key, Objective, Params
 
 
+class Diverged(UserError):
+    """A loss or gradient was not finite.
+
+    Attributes:
+      step: the step that was not finite, counted from 1.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class Monitor(Protocol):
     """What watches a run: the command line's progress bar, or nothing."""
 
@@ -158,28 +170,35 @@ def train(
                     checkpoints.save(current, {"ledger": ledger.as_json()})
                     ledger.save(folder / "ledger.json")
 
-            for step in range(begin, cfg.train.steps):
-                if step > begin and cfg.train.eval_every and step % cfg.train.eval_every == 0:
-                    measure(step)
-                if step > begin and step % cfg.train.save_every == 0:
-                    save(step)
-                with ledger.time("data"):
-                    index = next_index(step)
-                with ledger.time("train"):
-                    current, values = update(current, pool, index)
-                    log.add(values)
-                    if (step + 1) % cfg.train.log_every == 0:
-                        log.flush(step + 1)
-                if stop:
-                    break
-            done = int(current.step)
-            if not stop:
-                measure(done)
-            save(done)
+            try:
+                for step in range(begin, cfg.train.steps):
+                    if step > begin and cfg.train.eval_every and step % cfg.train.eval_every == 0:
+                        measure(step)
+                    if step > begin and step % cfg.train.save_every == 0:
+                        save(step)
+                    with ledger.time("data"):
+                        index = next_index(step)
+                    with ledger.time("train"):
+                        current, values = update(current, pool, index)
+                        log.add(values)
+                        if (step + 1) % cfg.train.log_every == 0:
+                            log.flush(step + 1)
+                    if stop:
+                        break
+                done = int(current.step)
+                log.flush(done)
+                stopped = stop.signal
+                if not stopped:
+                    measure(done)
+                save(done)
+            except Diverged as error:
+                # A state whose own next step is not finite is no good one: going on from it fails again.
+                checkpoints.discard_after(error.step - 2)
+                raise
         with ledger.time("checkpoint"):
             checkpoints.wait()
     ledger.save(folder / "ledger.json")
-    return Outcome(current, stop.signal if done < cfg.train.steps else "")
+    return Outcome(current, stopped)
 
 
 class _Log:
@@ -196,7 +215,7 @@ class _Log:
         """Write the means since the last flush.
 
         Raises:
-          UserError: a loss or gradient was not finite. Nothing of it reaches a checkpoint, since every
+          Diverged: a loss or gradient was not finite. No later state reaches a checkpoint, since every
             save flushes first.
         """
         if not self._pending:
@@ -207,9 +226,12 @@ class _Log:
         first = step - len(fetched)
         for place, values in enumerate(fetched):
             if not all(math.isfinite(value) for value in values.values()):
-                raise UserError(
-                    f"loss = {values['loss']} at step {first + place + 1}: training diverged; the last good checkpoint is "
-                    f"kept; lower train.lr (now {self._cfg.train.lr}) or train.clip (now {self._cfg.train.clip})"
+                cfg, bad = self._cfg.train, first + place + 1
+                what = ", ".join(f"{name} = {float(value):g}" for name, value in sorted(values.items()))
+                raise Diverged(
+                    f"{what} at step {bad}: training diverged; the last good checkpoint is kept; "
+                    f"lower train.lr (now {cfg.lr}) or train.clip (now {cfg.clip})",
+                    bad,
                 )
         self._ledger.images += len(fetched) * self._cfg.train.batch
         scalars = {name: float(np.mean([row[name] for row in fetched])) for name in fetched[0]}

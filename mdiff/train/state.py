@@ -42,7 +42,10 @@ class TrainState:
 
 def make_optimizer(cfg: config.Train) -> optax.GradientTransformation:
     """Adam with linear warm-up and clipping by global norm."""
-    schedule = optax.linear_schedule(0.0, cfg.lr, max(cfg.warmup, 1))
+    if cfg.warmup:
+        schedule = optax.linear_schedule(0.0, cfg.lr, cfg.warmup)
+    else:
+        schedule = optax.constant_schedule(cfg.lr)
     clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip > 0 else optax.identity()
     return optax.chain(clip, optax.adam(schedule))
 
@@ -65,7 +68,9 @@ def plan_state(
     shapes = jax.eval_shape(init)
     out = meshes.shardings(shapes, mesh)
     abstract = jax.tree.map(lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh), shapes, out)
-    return jax.jit(init, out_shardings=out), abstract
+    # Run once: on CPU, optimizing hundreds of small kernels costs four times what it takes to compile them.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
+    return jax.jit(init, out_shardings=out, compiler_options=options), abstract
 
 
 def ema_rate(step: Array, batch: int, halflife: float) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import jax
 import mdiff
 from mdiff import config
 from mdiff.errors import UserError
-from mdiff.files import write_json
+from mdiff.files import check_writable, write_json
 
 
 @dataclass(frozen=True)
@@ -93,22 +92,9 @@ def check(folder: Path, cfg: config.Config, state_bytes: int = 0) -> bool:
                 f"--workdir {folder}: holds another run ({what}); choose a new --workdir, or go on with its config"
             )
         resuming = True
-    elif folder.exists() and not folder.is_dir():
-        raise UserError(f"--workdir {folder}: is a file; choose a folder")
     elif (folder / "checkpoints").exists():
         raise UserError(f"--workdir {folder}: has checkpoints but no config.json; choose a new --workdir")
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    probe = existing / f".mdiff-{os.getpid()}.probe"
-    try:
-        probe.write_bytes(b"\0" * 4096)
-    except OSError as error:
-        raise UserError(
-            f"--workdir {folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    finally:
-        probe.unlink(missing_ok=True)
+    existing = check_writable(folder, "--workdir")
     needed, free = state_bytes * (cfg.train.keep + 1), shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(

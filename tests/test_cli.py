@@ -1,0 +1,222 @@
+"""The command line as its users type it, wrong things included."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdiff import cli, config
+from mdiff.arguments import parse
+from mdiff.data import source
+
+ROOT = Path(__file__).parent.parent
+FACES = str(ROOT / "configs" / "faces.py")
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command; help exits by SystemExit."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    """The one line a refused command prints."""
+    code, out, err = run(capsys, *arguments)
+    assert code == 2, err
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("mdiff: ")
+    return err
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Generated, training and held-out faces as PNG folders: half of the generations are copies."""
+    base = tmp_path_factory.mktemp("folders")
+    faces = source.load("faces", 16).x
+    rng = np.random.default_rng(0)
+    copies = np.clip(faces[:20].astype(int) + rng.integers(-3, 4, faces[:20].shape), 0, 255).astype(np.uint8)
+    sets = {
+        "train": faces[:40],
+        "heldout": faces[40:80],
+        "generated": np.concatenate([copies, faces[80:100]]),
+    }
+    for name, images in sets.items():
+        (base / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image[..., 0]).save(base / name / f"{i}.png")
+        np.savez(base / f"{name}.npz", x=images)
+    return base
+
+
+def test_audit_of_folders(folders, tmp_path, capsys):
+    code, out, _ = run(
+        capsys, "audit", "--generated", folders / "generated", "--train", folders / "train",
+        "--heldout", folders / "heldout", "--out", tmp_path / "a",
+    )  # fmt: skip
+    assert code == 0
+    assert "Memorized" in out
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["run"]["memorized"]["value"] == 0.5
+    assert report["run"]["memorized"]["n"] == 40
+    assert report["run"]["control"]["value"] == 0.0
+    assert (tmp_path / "a" / "report.html").stat().st_size > 10_000
+
+
+def test_audit_of_npz_without_heldout_invents_no_control(folders, tmp_path, capsys):
+    arguments = ("--generated", folders / "generated.npz", "--train", folders / "train.npz")
+    code, _, _ = run(capsys, "audit", *arguments, "--out", tmp_path / "a")
+    assert code == 0
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["run"]["memorized"]["value"] == 0.5
+    assert report["run"]["control"] is None
+    assert report["run"]["excess"] is None
+
+
+def test_compare_and_joint_report(folders, tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 0)):
+        generated = folders / ("generated" if name == "a" else "train")
+        run(capsys, "audit", "--generated", generated, "--train", folders / "train", "--out", tmp_path / name,
+            "--audit.seed", seed)  # fmt: skip
+    code, out, _ = run(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert code == 0
+    assert "+0.5000" in out  # all of b are copies, half of a
+    code, _, _ = run(
+        capsys, "report", "--workdir", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both"
+    )
+    assert code == 0
+    assert set(json.loads((tmp_path / "both" / "report.json").read_text())["runs"]) == {"a", "b"}
+
+
+def test_help_lists_every_field_with_default(capsys):
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0
+    shown = out.replace("-", "_")
+    tree = config.to_json(config.Config())
+    for name, value in tree.items():
+        for field in value if isinstance(value, dict) else ():
+            assert f"{name}.{field}" in shown, field
+    assert "(default: 2000)" in out
+    assert run(capsys)[0] == 2
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(command in out for command in cli.COMMANDS)
+
+
+def test_overrides_reach_the_config():
+    made = parse(
+        cli.TrainArgs,
+        ["--config", "x.py", "--workdir", "w", "--train.steps", "7", "--net.mults", "1", "2",
+         "--data.duplicates", "3", "10", "5", "2", "--data.flip", "True", "--train.log-every", "9"],
+        "mdiff train",
+        {"fields": replace(config.Config(), name="kept")},
+    )  # fmt: skip
+    assert made.fields.train.steps == 7
+    assert made.fields.train.log_every == 9
+    assert made.fields.net.mults == (1, 2)
+    assert made.fields.data.duplicates == {3: 10, 5: 2}
+    assert made.fields.data.flip is True
+    assert made.fields.name == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.stps", "5"], ["--train.stps", "--train.steps"]),
+        (["--stepz", "5"], ["--stepz", "--train.steps"]),
+        (["--train.steps", "x"], ["--train.steps", "'x'"]),
+        (["--train.steps"], ["--train.steps"]),
+        (["--loss.weight", "none"], ["--loss.weight", "'none'", "edm"]),
+        (["--data.n", "80"], ["data.n = 80", "data.heldout = 50", "100 images", "20"]),
+        (["--data.n", "200", "--data.heldout", "0"], ["data.n = 200", "100 images"]),
+        (["--data.n", "1"], ["data.n = 1", "2 or more"]),
+        (["--data.source", "facs"], ["data.source", "'facs'", "faces"]),
+        (["--data.size", "18", "--net.mults", "1", "2", "2"], ["data.size = 18", "multiple of 8", "16"]),
+        (["--loss.cutoff", "100"], ["loss.cutoff = 100", "(0.002, 80.0)"]),
+        (["--loss.cutoff", "-1"], ["loss.cutoff = -1", "(0.002, 80.0)"]),
+        (["--train.batch", "0"], ["train.batch = 0", "1 or more"]),
+        (["--train.lr", "0"], ["train.lr = 0", "above 0"]),
+        (["--train.lr", "nan"], ["train.lr = nan", "above 0"]),
+        (["--net.classes", "3"], ["net.classes = 3", "no labels", "net.classes to 0"]),
+        (["--process.sigma-max", "0.001"], ["sigma_max = 0.001"]),
+        (["--mesh.fsdp", "3"], ["mesh.fsdp = 3", "do not divide"]),
+        (["--sample.steps", "1"], ["sample.steps = 1", "2 or more"]),
+        (["--data.duplicates", "999", "3"], ["999"]),
+        (["--init-from", "nowhere"], ["nowhere"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_bad_training_input_is_one_line_and_writes_nothing(arguments, words, tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = refused(capsys, "train", "--config", FACES, "--workdir", folder, *arguments)
+    for word in words:
+        assert word in line
+    assert not folder.exists()
+
+
+def test_bad_config_files(tmp_path, capsys):
+    assert "no such file" in refused(
+        capsys, "train", "--config", tmp_path / "no.py", "--workdir", tmp_path / "r"
+    )
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    line = refused(capsys, "train", "--config", tmp_path / "empty.py", "--workdir", tmp_path / "r")
+    assert "config = Config(...)" in line
+    (tmp_path / "typo.py").write_text("from mdiff.config import *\nconfig = Config(train=Train(stps=3))\n")
+    line = refused(capsys, "train", "--config", tmp_path / "typo.py", "--workdir", tmp_path / "r")
+    assert "stps" in line
+    assert "typo.py" in line
+
+
+def test_bad_commands_and_folders(folders, tmp_path, capsys):
+    assert "audit" in refused(capsys, "adit")
+    assert "--train" in refused(capsys, "audit", "--generated", folders / "train")
+    (tmp_path / "none").mkdir()
+    for command in (
+        ("eval", "--workdir", tmp_path / "none"),
+        ("report", "--workdir", tmp_path / "none"),
+        ("compare", tmp_path / "none", tmp_path / "none"),
+        ("audit", "--generated", tmp_path / "none", "--train", folders / "train", "--out", tmp_path / "o"),
+        ("audit", "--generated", folders / "train", "--train", tmp_path / "missing", "--out", tmp_path / "o"),
+    ):
+        assert str(tmp_path) in refused(capsys, *command)
+    assert not (tmp_path / "o").exists()
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_mixed_sizes_are_named(folders, tmp_path, capsys):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    Image.new("L", (9, 8)).save(tmp_path / "b.png")
+    line = refused(
+        capsys, "audit", "--generated", tmp_path, "--train", folders / "train", "--out", tmp_path / "o"
+    )
+    assert "a.png" in line
+    assert "b.png" in line
+    small = tmp_path / "small"
+    small.mkdir()
+    Image.new("L", (8, 8), 3).save(small / "a.png")
+    line = refused(
+        capsys, "audit", "--generated", small, "--train", folders / "train", "--out", tmp_path / "o"
+    )
+    assert "16" in line
+    assert "8" in line
+
+
+def test_python_example_of_the_readme_runs():
+    """The ten lines under "Bring your own model" work as printed."""
+    text = (ROOT / "README.md").read_text()
+    block = text.split("<!-- tested -->")[1].split("```python\n")[1].split("```")[0]
+    assert len(block.strip().splitlines()) <= 12
+    done = subprocess.run(
+        [sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "memorized" in done.stdout
