@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from mdiff import config as config_lib
 from mdiff.data.source import Images
 from mdiff.data.stream import permutation
 from mdiff.errors import UserError
+from mdiff.files import write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,24 +116,11 @@ def save_subset(path: str | Path, subset: Subset, config: config_lib.Data) -> No
     for name, images in (("train", subset.train), ("heldout", subset.heldout)):
         tree[name] = {"ids": images.id.tolist(), "sha256": _sha256(images), "files": images.files}
     try:
-        _write(path, json.dumps(tree, indent=1) + "\n")
+        write_json(path, tree)
     except OSError as error:
         raise UserError(
             f"{str(path)!r}: cannot be written ({error.strerror}); choose a writable workdir with space left"
         ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
 
 
 def load_subset(path: str | Path, images: Images) -> Subset:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import mdiff
 from mdiff.config import Audit, from_json, to_json
 from mdiff.errors import UserError
+from mdiff.files import write_atomically, write_text
 from mdiff.types import Estimate
 
 FORMAT = 1
@@ -116,8 +116,8 @@ def save(result: AuditResult, folder: str | Path) -> None:
     text = json.dumps(_finite(tree), indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "audit.npz", buffer.getvalue())
-        _replace(folder / "audit.json", text.encode())
+        write_atomically(folder / "audit.npz", lambda part: part.write_bytes(buffer.getvalue()))
+        write_text(folder / "audit.json", text)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose a folder that can be written") from None
 
@@ -185,12 +185,3 @@ def _finite(tree: Any) -> Any:
 
 def _stamp(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
