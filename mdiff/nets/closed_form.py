@@ -34,6 +34,11 @@ def _flat(x: Any) -> Any:
     return x.reshape(len(x), -1)
 
 
+def _dot(a: Array, b: Array) -> Array:
+    """Matrix product in full float32; the default of accelerators rounds the factors first."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def empirical(images: np.ndarray) -> SigmaFn:
     """E[x0 | x] = sum_i softmax_i(-||x - x_i||^2 / (2 sigma^2)) x_i (arXiv 2310.02664, eq. 3).
 

@@ -84,8 +84,9 @@ def train(
 
 def _run_folder(path: Path) -> tuple[Path, int | None]:
     """A run's folder and the step, if `path` is the folder of one of its checkpoints."""
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        return path.parent.parent, int(path.name)
+    whole = path.absolute()
+    if whole.parent.name == "checkpoints" and whole.name.isdigit():
+        return whole.parent.parent, int(whole.name)
     return path, None
 
 
