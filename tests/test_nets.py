@@ -50,9 +50,10 @@ def test_ddpmpp_has_the_published_size(size_px, net, millions):
 def test_gates_of_one_change_nothing_and_zero_silences(small):
     model, params = small
     xt, t = jax.random.normal(key(0, "x"), (2, 16, 16, 1)), jnp.array([0.4, 0.7])
-    plain = model.denoiser(params)(xt, t, None).x0
     gates = model.gates()
-    np.testing.assert_array_equal(model.denoiser(params, gates)(xt, t, None).x0, plain)
+    run = jax.jit(lambda g: model.denoiser(params, g)(xt, t, None).x0)
+    plain = run(None)
+    np.testing.assert_allclose(run(gates), plain, atol=1e-5)
     for name, _ in named_leaves(gates):
         # One neuron off: the output must move, whichever layer it is in.
         off = jax.tree_util.tree_map_with_path(
@@ -61,7 +62,7 @@ def test_gates_of_one_change_nothing_and_zero_silences(small):
             ),
             gates,
         )
-        assert not np.array_equal(model.denoiser(params, off)(xt, t, None).x0, plain), name
+        assert np.abs(run(off) - plain).max() > 1e-4, name
 
 
 def test_gates_may_differ_per_example(small):
@@ -96,23 +97,19 @@ def test_attention_bias_masks_a_position(small):
 
 
 def test_absent_gates_and_taps_cost_nothing(small):
+    """The program without gates and taps holds neither: fewer multiplications and fewer outputs."""
     model, params = small
+    inputs = jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.6])
 
-    def flops(fn):
-        return (
-            jax.jit(fn)
-            .lower(jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.6]))
-            .compile()
-            .cost_analysis()["flops"]
-        )
+    def text(fn):
+        return jax.jit(fn).lower(*inputs).as_text()
 
-    plain = flops(lambda x, t: model.apply(params, x, t)[0].x0)
-    gated = flops(lambda x, t: model.apply(params, x, t, gates=model.gates(), taps=("*",)))
-    assert plain < gated
-    text = jax.jit(lambda x, t: model.apply(params, x, t)[0].x0).lower(
-        jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.6])
-    )
-    assert "gate" not in text.as_text()
+    plain = text(lambda x, t: model.apply(params, x, t)[0].x0)
+    tapped = text(lambda x, t: model.apply(params, x, t, taps=("*",))[0].x0)
+    gated = text(lambda x, t: model.apply(params, x, t, gates=model.gates())[0].x0)
+    assert tapped == plain  # taps nobody reads leave no trace
+    count = len(jax.tree.leaves(model.gates()))
+    assert gated.count("stablehlo.multiply") == plain.count("stablehlo.multiply") + count
 
 
 def test_preconditioning_is_edm(small):
@@ -134,14 +131,19 @@ def test_preconditioning_is_edm(small):
 
 
 def test_labels_change_the_prediction():
-    model = model_of(**SMALL, classes=3)
+    model = model_of(channels=16, mults=(1,), blocks=1, attention=(), patch=4, classes=3)
     params = perturbed(jax.jit(model.init)(key(0, "init")))
     xt, t = jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.5])
     cond = model.embed(params, jnp.array([0, 2]))
     assert cond.shape == (2, 16)
-    out = model.denoiser(params)(xt, t, cond).x0
+
+    @jax.jit
+    def out_and_gradient(cond):
+        out, pull = jax.vjp(lambda c: model.denoiser(params)(xt, t, c).x0, cond)
+        return out, pull(jnp.ones_like(out))[0]
+
+    out, gradient = out_and_gradient(cond)
     assert np.abs(out[0] - out[1]).max() > 1e-4
-    gradient = jax.grad(lambda c: model.denoiser(params)(xt, t, c).x0.sum())(cond)
     assert np.abs(gradient).max() > 0  # the condition can be differentiated
 
 
@@ -168,7 +170,7 @@ def test_space_to_depth_round_trip():
 @pytest.mark.parametrize(
     ("net", "image_size", "words"),
     [
-        ({"mults": (1, 2, 2)}, 18, ("data.size = 18", "multiple of 4", "20")),
+        ({"mults": (1, 2, 2)}, 18, ("data.size = 18", "multiple of 4", "16")),
         ({"channels": 6}, 16, ("net.channels = 6", "multiple of 4")),
         ({"mults": ()}, 16, ("net.mults",)),
         ({"dropout": 1.0}, 16, ("net.dropout = 1.0",)),
