@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mdiff import config, cpu
+from mdiff import config
 from mdiff.arguments import option, parse
 from mdiff.config import Config
 from mdiff.errors import UserError
@@ -279,7 +279,6 @@ def _usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a `UserError` is one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    cpu.tune()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(_usage())

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "mdiff"
 FLOORS = {
-    0: ("errors", "types", "keys", "trees", "config", "files", "cpu", "console"),
+    0: ("errors", "types", "keys", "trees", "config", "files", "console"),
     1: ("process", "data"),
     2: ("nets",),
     3: ("objectives",),

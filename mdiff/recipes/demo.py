@@ -96,7 +96,6 @@ def _start(name: str, folder: Path, steps: int | None, cores: set[int]) -> subpr
         "import ctypes, json, os, sys; name, folder, steps, cores = json.loads(sys.argv[1]);"
         "ctypes.CDLL(None).prctl(1, 9);"  # PR_SET_PDEATHSIG: a killed parent leaves no worker behind
         "os.sched_setaffinity(0, cores);"
-        "from mdiff import cpu; cpu.tune();"
         "from pathlib import Path; from mdiff.recipes.demo import worker;"
         "sys.exit(worker(name, Path(folder), steps))"
     )

@@ -1,6 +1,9 @@
-"""Seconds per training step with and without the XLA flag of `mdiff.cpu`, in interleaved pairs.
+"""Seconds per training step with and without an XLA:CPU flag, in interleaved pairs.
 
-Usage: python bench/cpu_flag.py [--config configs/faces.py] [--pairs 5] [--steps 20] [--threads 2]
+The flag doubles the speed of single convolution kernel gradients in some settings; whole steps were slower with
+it (docs/results.md), so mdiff does not set it.
+
+Usage: python bench/xla_flag.py [--config configs/faces.py] [--pairs 5] [--steps 20] [--threads 2]
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import statistics
 import subprocess
 import sys
 from typing import Any
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 WORKER = """
 import json, sys, time, jax
@@ -67,11 +72,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
 
-    from mdiff import cpu
-
     os.environ.pop("XLA_FLAGS", None)
-    assert cpu.tune(), "the flag is not set on this platform or jaxlib"
-    flagged = {"XLA_FLAGS": os.environ.pop("XLA_FLAGS")}
+    flagged = {"XLA_FLAGS": FLAG}
     workers = {
         name: start(options.config, flags, options.threads)
         for name, flags in (("with", flagged), ("without", {}))
