@@ -28,7 +28,14 @@ def option(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def parse(cls: type[T], arguments: Sequence[str], prog: str, defaults: dict[str, Any] | None = None) -> T:
+def parse(
+    cls: type[T],
+    arguments: Sequence[str],
+    prog: str,
+    defaults: dict[str, Any] | None = None,
+    *,
+    flags: bool = False,
+) -> T:
     """Parse `arguments` into the dataclass `cls`; `--help` prints every field and exits 0.
 
     Args:
@@ -36,6 +43,7 @@ def parse(cls: type[T], arguments: Sequence[str], prog: str, defaults: dict[str,
       arguments: without the command's name.
       prog: the command, for help.
       defaults: field values that replace the dataclass's own defaults.
+      flags: booleans are bare flags (`--png`); else they take a value, as config fields do.
 
     Raises:
       UserError: an option is unknown, lacks a value or has one of the wrong type.
@@ -58,7 +66,7 @@ def parse(cls: type[T], arguments: Sequence[str], prog: str, defaults: dict[str,
                 prog=prog,
                 description=cls.__doc__,
                 default=cls(**values),
-                config=(tyro.conf.FlagConversionOff,),
+                config=() if flags else (tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:
         if stop.code in (0, None):

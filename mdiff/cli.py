@@ -161,7 +161,7 @@ def sample(arguments: Sequence[str]) -> int:
         from mdiff.train import workdir
 
         defaults = {"sample": workdir.read(Path(folder)).config.sample}
-    args = parse(SampleArgs, arguments, "mdiff sample", defaults)
+    args = parse(SampleArgs, arguments, "mdiff sample", defaults, flags=True)
     from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
@@ -219,11 +219,14 @@ def _command(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _report(out: Path, runs: dict[str, Path], title: str, extra: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from mdiff.report.page import terminal_table, write_report
+    from mdiff.report.page import RESERVED, terminal_table, write_report
 
-    written = write_report(out, runs, title=title, extra=extra)
+    named = {f"{name} (run)" if name in RESERVED else name: folder for name, folder in runs.items()}
+    written = write_report(out, named, title=title, extra=extra)
     console = Console()
     console.print(terminal_table(written))
+    for paragraph in written["verdict"]:
+        console.print(paragraph, markup=False, highlight=False)
     console.print(f"page: {(out / 'report.html').resolve()}", soft_wrap=True)
 
 
@@ -248,7 +251,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    args = parse(DemoArgs, arguments, "mdiff demo")
+    args = parse(DemoArgs, arguments, "mdiff demo", flags=True)
     from mdiff.recipes import demo as recipe
 
     spent = recipe.run(args.out, args.steps, args.again)

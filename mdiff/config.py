@@ -259,7 +259,7 @@ def load(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         near = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = f"; there are {', '.join(near)}" if near else ""
+        hint = f"; in that folder: {', '.join(near)}" if near else "; see configs/"
         raise UserError(f"--config {path}: no such file{hint}")
     spec = importlib.util.spec_from_file_location(f"mdiff_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None

@@ -57,6 +57,7 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._tasks:
+            self._progress.live.transient = error is not None  # an error is one line, without a bar above it
             self._progress.stop()
 
     def progress(self, task: str, done: int, total: int, scalars: Mapping[str, float]) -> None:

@@ -210,6 +210,52 @@ def test_mixed_sizes_are_named(folders, tmp_path, capsys):
     assert "8" in line
 
 
+def test_audits_that_would_mislead_are_refused(folders, tmp_path, capsys, monkeypatch):
+    generated, train = folders / "generated", folders / "train"
+    line = refused(capsys, "audit", "--generated", generated, "--train", train, "--out", train)
+    assert "is one of the image folders" in line
+    line = refused(capsys, "audit", "--generated", generated, "--train", train, "--audit.seed", "-1")
+    assert "audit.seed = -1" in line
+    both = tmp_path / "both"
+    (both / "more").mkdir(parents=True)
+    for path in (both / "a.png", both / "more" / "b.png"):
+        Image.new("L", (16, 16)).save(path)
+    line = refused(capsys, "audit", "--generated", both, "--train", train, "--out", tmp_path / "o")
+    assert "'more'" in line
+    one = tmp_path / "one"
+    one.mkdir()
+    Image.new("L", (16, 16)).save(one / "a.png")
+    line = refused(capsys, "audit", "--generated", generated, "--train", one, "--out", tmp_path / "o")
+    assert "--train" in line
+    monkeypatch.chdir(folders)
+    (folders / "faces").mkdir()
+    line = refused(capsys, "audit", "--generated", generated, "--train", "faces", "--out", tmp_path / "o")
+    assert "./faces" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_reserved_name_does_not_lose_the_audit(folders, tmp_path, capsys):
+    (folders / "generated").rename(folders / "runs")
+    try:
+        code, out, _ = run(
+            capsys,
+            "audit",
+            "--generated",
+            folders / "runs",
+            "--train",
+            folders / "train",
+            "--out",
+            tmp_path / "o",
+        )
+    finally:
+        (folders / "runs").rename(folders / "generated")
+    assert code == 0
+    assert "copies of a training image" in " ".join(out.split())
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["runs"] == ["runs (run)"]
+    assert report["versions"]["mdiff"]
+
+
 def test_python_example_of_the_readme_runs():
     """The ten lines under "Bring your own model" work as printed."""
     text = (ROOT / "README.md").read_text()

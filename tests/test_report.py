@@ -288,6 +288,22 @@ def test_paired_differences_are_on_the_page_of_real_audits(tmp_path: Path) -> No
     assert "Paired differences: fresh minus copier" in page.text
 
 
+def test_verdict_with_leaked_or_swapped_heldout_images(tmp_path: Path) -> None:
+    """A control that holds copies of the training images, or is what was copied, is named as such."""
+    rng = np.random.default_rng(0)
+    train, other = rng.integers(0, 256, (2, 12, 8, 8, 1), dtype=np.uint8)
+    rules = configs.Audit(bootstrap=50)
+    save(run_audit(train, train, np.concatenate([train[:6], other[:6]]), rules), tmp_path / "leak")
+    said = " ".join(report(tmp_path, {"leak": tmp_path / "leak"})[0]["verdict"])
+    assert "6 of the held-out images are near-duplicates of training images" in said
+    assert "trust the excess" not in said
+    assert "never" not in said
+    save(run_audit(other, train, other, rules), tmp_path / "swap")
+    said = " ".join(report(tmp_path, {"swap": tmp_path / "swap"})[0]["verdict"])
+    assert "were the two sets swapped" in said
+    assert "no memorization" not in said
+
+
 def test_verdict_chance_hits_are_not_memorization() -> None:
     chance = ESTIMATES | {
         "memorized": est(0.02, 0.008, 0.045),
@@ -297,7 +313,7 @@ def test_verdict_chance_hits_are_not_memorization() -> None:
     said = told(fake("a", chance))
     assert "“a” shows no memorization beyond chance" in said
     assert "−2.0 to 3.0 %, includes zero" in said
-    assert "lies below zero" in told(fake("a", chance | {"excess": est(-0.05, -0.08, -0.01)}))
+    assert "were the two sets swapped" in told(fake("a", chance | {"excess": est(-0.05, -0.08, -0.01)}))
     loose = ESTIMATES | {"control": est(0.2, 0.15, 0.25)}
     assert "The control of “a” is high" in told(fake("a", loose))
 
@@ -385,7 +401,7 @@ def test_sections_without_files_are_hidden(tmp_path: Path) -> None:
     whole = report(tmp_path, {"a": make(tmp_path / "a")})[1].text
     for heading in ("Pictures", "Curves", "Limits", "drawn at random", "Percentiles"):
         assert heading in whole
-    drop = ("audit.npz", "curves", "notes", "metrics.jsonl", "percentiles")
+    drop = ("audit.npz", "arrays", "curves", "notes", "metrics.jsonl", "percentiles")
     bare = report(tmp_path, {"a": make(tmp_path / "b", drop=drop)})[1].text
     for heading in ("Pictures", "Curves", "Limits", "drawn at random", "Percentiles"):
         assert heading not in bare

@@ -277,7 +277,8 @@ def test_damaged_checkpoint_is_passed_over_and_said(damage, copy, capfd):
     capfd.readouterr()
     restored, said = restore(copy)
     assert int(restored[0].step) == 28
-    assert len(said) == 1 and said[0].startswith("checkpoint 30 in") and "\n" not in said[0]
+    assert len(said) == 2 and said[0].startswith("checkpoint 30 in") and "\n" not in said[0]
+    assert said[1] == "using checkpoint 28 instead"
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -62,8 +62,8 @@ def load(source: str, size: int | None = None, field: str = "data.source") -> Im
     `images`, else its only array, and optionally `label` and `id`; floats are rounded to 8 bits.
 
     Args:
-      source: "faces", "digits", a folder of images or an `.npz` file. A built-in name wins over a folder
-        of that name; write ./faces for the folder.
+      source: "faces", "digits", a folder of images or an `.npz` file. Where a folder has a built-in name,
+        write ./faces for the folder.
       size: images are resized to size x size by Lanczos, widened when shrinking so that it does not
         alias. It keeps more of the detail that tells near images apart than a box average does, and is
         what EDM's data set tool resizes with (arXiv 2206.00364); its overshoot is clipped to 0..255.
@@ -78,6 +78,8 @@ def load(source: str, size: int | None = None, field: str = "data.source") -> Im
     # os.path answers False where pathlib raises: names that are too long, or below a closed folder.
     path = Path(os.path.expanduser(source))
     if source in BUILTIN:
+        if os.path.isdir(path):
+            raise UserError(f"{where}: a built-in set and a folder here; write ./{source} for the folder")
         # TFDS takes half a second to import; only the built-in sets need it.
         from mdiff.data import builders
 
@@ -124,9 +126,14 @@ def _image_files(folder: Path) -> list[Path]:
 def _from_folder(folder: Path, source: str, size: int | None, where: str) -> Images:
     try:
         files, label = _image_files(folder), None
-        if not files:
-            subfolders = (f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-            classes = [found for sub in sorted(subfolders, key=_natural) if (found := _image_files(sub))]
+        subfolders = (f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+        classes = [found for sub in sorted(subfolders, key=_natural) if (found := _image_files(sub))]
+        if files and classes:
+            raise UserError(
+                f"{where}: has {len(files)} images of its own and {sum(map(len, classes))} in subfolders such as "
+                f"{classes[0][0].parent.name!r}; give a folder with one or the other"
+            )
+        if classes:
             files = [file for found in classes for file in found]
             label = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found) for found in classes])
     except OSError as error:

@@ -145,7 +145,9 @@ def load_subset(path: str | Path, images: Images) -> Subset:
             f"{where}: cannot be read ({error.strerror}); give a workdir of mdiff train"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: is not a record of a subset; it was damaged or is another file") from error
+        raise UserError(
+            f"{where}: is damaged or another file; delete it and run mdiff train again, which writes it anew"
+        ) from error
     place = {int(i): k for k, i in enumerate(images.id)}
     parts = {}
     for name, wanted in ids.items():

@@ -154,6 +154,7 @@ def audit(
         near = similarity.nearest_with_flips(control.rows, side.rows, side.mirrored, 1, config.chunk)
         percentiles["d1"]["background"] = np.percentile(near.dist[:, 0], LEVELS).tolist()
         leaked = int((near.dist[:, 0] <= side.threshold).sum())
+        counts["heldout_leaked"] = leaked
         if leaked:
             notes.append(
                 f"{leaked} of {len(control.rows)} held-out images are near-duplicates of training images: "
@@ -189,6 +190,8 @@ def _check(config: Audit) -> None:
     for name in ("alpha", "calibrated"):
         if not getattr(config, name) > 0:
             raise UserError(f"audit.{name} = {getattr(config, name)}; give a number above 0")
+    if config.seed < 0:
+        raise UserError(f"audit.seed = {config.seed}; give 0 or more")
     if not config.near_duplicate >= 0:
         raise UserError(f"audit.near_duplicate = {config.near_duplicate}; give 0 or more")
 

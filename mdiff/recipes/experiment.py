@@ -20,7 +20,7 @@ from mdiff.data import source
 from mdiff.data.split import Subset, load_subset, split
 from mdiff.errors import UserError
 from mdiff.features.pixel import flatten, mirror
-from mdiff.files import write_atomically
+from mdiff.files import write_atomically, write_json
 from mdiff.keys import keys
 from mdiff.nets.denoiser import Model, from_sigma_fn, make_model, make_process
 from mdiff.objectives import ambient
@@ -236,7 +236,7 @@ def audit(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> AuditR
     """Audit `folder/samples.npz` against the run's own training and held-out images."""
     subset = experiment.subset
     with np.load(folder / "samples.npz") as stored:
-        generated = stored["x"]
+        generated, step = stored["x"], int(stored["step"])
     ledger = Ledger.load(folder / "ledger.json")
     with ledger.time("audit"):
         result = audits.audit(
@@ -249,6 +249,10 @@ def audit(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> AuditR
             progress=lambda what, done, total: monitor.progress("audit", done, total, {}),
         )
         audits.save(result, folder)
+        sampled = config.to_json(experiment.config.sample)
+        write_json(
+            folder / "evaluation.json", {"step": step, "sample": sampled, "versions": workdir.versions()}
+        )
     ledger.save(folder / "ledger.json")
     return result
 
@@ -285,6 +289,18 @@ def audit_folders(
     ]
     made, known, control = sets
     assert made is not None and known is not None
+    for path in (generated, train_images, heldout):
+        if path is not None and Path(path).resolve() == out.resolve():
+            raise UserError(f"--out {out}: is one of the image folders; choose another folder")
+    for field, path, images in (("train", train_images, known), ("heldout", heldout, control)):
+        if images is not None and len(images) < 2:
+            raise UserError(f"--{field} = {path!r}: 1 image; the ratio rule needs 2 or more, add some")
+        if images is not None and images.x.shape[1:] != made.x.shape[1:]:
+            theirs, ours = ("x".join(map(str, each.x.shape[1:])) for each in (images, made))
+            raise UserError(
+                f"--{field} = {path!r}: images are {theirs} (height, width, channels), generated ones {ours}; "
+                "bring both to one size and colour mode"
+            )
     result = audits.audit(
         made.x,
         known.x,
@@ -295,6 +311,7 @@ def audit_folders(
         progress=lambda what, done, total: monitor.progress("audit", done, total, {}),
     )
     audits.save(result, out)
+    write_json(out / "evaluation.json", {"versions": workdir.versions()})
     return result
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Run:
       losses: rows {"step", "loss"} of `metrics.jsonl`, one per step, by step.
       points: rows {"step", "memorized", "memorized_low", …} measured while training, by step.
       ledger: `ledger.json` (empty when there is none).
+      evaluation: `evaluation.json`: step sampled, how, versions (empty when there is none).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Run:
     losses: list[dict[str, Any]]
     points: list[dict[str, Any]]
     ledger: dict[str, Any]
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,7 +75,9 @@ class Run:
 
     @property
     def steps(self) -> int | None:
-        """The last step logged, which a stopped run reaches before its config's; that one without a log."""
+        """The step the generations come from; without a record of it the last step logged or configured."""
+        if self.evaluation.get("step") is not None:
+            return self.evaluation["step"]
         return self.losses[-1]["step"] if self.losses else self.setting("train.steps")
 
     @property
@@ -120,6 +124,7 @@ def read_run(name: str, folder: Path) -> Run:
         losses=losses,
         points=points,
         ledger=_read_json(folder / "ledger.json"),
+        evaluation=_read_json(folder / "evaluation.json"),
     )
 
 
@@ -147,6 +152,7 @@ def as_json(run: Run) -> dict[str, Any]:
             "n": run.setting("data.n"),
             "parameters": run.record.get("parameters", run.ledger.get("parameters")),
             "steps": run.setting("train.steps"),
+            "step": run.steps,
             "cutoff": run.setting("loss.cutoff"),
         },
         "versions": run.record.get("versions") or {},
@@ -226,6 +232,8 @@ def _read_json(path: Path, remedy: str = "delete it or restore it") -> dict[str,
 
 def _read_arrays(path: Path, stamp: str | None, remedy: str) -> dict[str, np.ndarray]:
     if not path.is_file():
+        if stamp is not None:
+            raise UserError(f"{path}: is missing; {remedy}")
         return {}
     try:
         content = path.read_bytes()

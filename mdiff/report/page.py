@@ -22,6 +22,9 @@ from mdiff.report import figures, views, words
 from mdiff.report.collect import Run, as_json, read_run, strict
 from mdiff.types import Estimate
 
+RESERVED = {"title", "seconds", "peak_rss_gb", "versions", "runs", "run", "verdict", "differences", "extra"}
+"""Fields of `report.json` that no run may be named like."""
+
 
 def write_report(
     out: Path, runs: Mapping[str, Path], *, title: str, extra: Mapping[str, Any] | None = None
@@ -98,8 +101,7 @@ def _report(
     ledgers = [run.ledger for run in runs if run.ledger]
     seconds = [sum((ledger.get("seconds") or {}).values()) for ledger in ledgers]
     peaks = [ledger["peak_rss_gb"] for ledger in ledgers if ledger.get("peak_rss_gb") is not None]
-    reserved = {"title", "seconds", "peak_rss_gb", "versions", "runs", "verdict", "differences", "extra"}
-    if taken := sorted(reserved & {run.name for run in runs}):
+    if taken := sorted(RESERVED & {run.name for run in runs}):
         raise UserError(f"run name {taken[0]!r}: is a field of report.json; choose another name")
     entries = {run.name: as_json(run) for run in runs}
     return strict(
@@ -171,13 +173,10 @@ def _cell_text(name: str, found: Estimate) -> str:
 
 def _versions(runs: Sequence[Run]) -> dict[str, str]:
     """Versions by package; where the runs differ, each run's own."""
+    known = {run.name: run.record.get("versions") or run.evaluation.get("versions") or {} for run in runs}
     merged = {}
-    for package in dict.fromkeys(p for run in runs for p in run.record.get("versions") or {}):
-        said = {
-            run.name: str(run.record["versions"][package])
-            for run in runs
-            if package in (run.record.get("versions") or {})
-        }
+    for package in dict.fromkeys(package for versions in known.values() for package in versions):
+        said = {name: str(versions[package]) for name, versions in known.items() if package in versions}
         same = len(set(said.values())) == 1
         merged[package] = (
             next(iter(said.values())) if same else "; ".join(f"{k}: {v}" for k, v in said.items())

@@ -246,7 +246,21 @@ def _single(run: Run, alone: bool) -> list[str]:
     memorized, control, excess = (run.estimates.get(k) for k in ("memorized", "control", "excess"))
     assert memorized is not None  # read_run refuses a run without it
     name, copies = f"“{run.name}”", f"{percent(memorized.value)} of its {memorized.n:,} generations"
-    if memorized.value == 0:
+    leaked = (run.audit.get("counts") or {}).get("heldout_leaked") or 0
+    if leaked:
+        said = [
+            f"{name} cannot be judged by its control: {leaked:,} of the held-out images are near-duplicates of "
+            f"training images, so what the rule finds there is not chance. {copies} are copies of a training image "
+            f"by the ratio rule ({_ci(memorized, run)}). Audit again with held-out images that were not trained on."
+        ]
+    elif excess is not None and excess.high < 0:
+        assert control is not None
+        said = [
+            f"The generations of {name} copy held-out images ({percent(control.value)}) more often than training "
+            f"images ({percent(memorized.value)}). Chance does not do that: were the two sets swapped, or was the "
+            "model trained on the held-out ones?"
+        ]
+    elif memorized.value == 0:
         said = [
             f"{name} shows no memorization: none of its {memorized.n:,} generations is a copy by the ratio "
             f"rule; that many cannot rule out a rate up to {percent(memorized.high)}."
@@ -266,9 +280,9 @@ def _single(run: Run, alone: bool) -> list[str]:
         said = [
             f"{name} shows no memorization beyond chance: the ratio rule fires on {copies}, and on "
             f"{percent(control.value)} against held-out images; the interval of the excess, "
-            f"{_span(excess)}, {'includes' if excess.high >= 0 else 'lies below'} zero."
+            f"{_span(excess)}, includes zero."
         ]
-    if control is not None and control.low > 0.05:
+    if control is not None and control.low > 0.05 and not leaked and not (excess and excess.high < 0):
         said.append(
             f"The control of {name} is high: on this data the ratio rule is loose, so trust the excess."
         )

@@ -183,6 +183,8 @@ class Checkpoints:
             except _FAILURES as error:
                 warn(f"checkpoint {step} in {self.folder} cannot be read ({_first_line(error)})")
                 continue
+            if step != steps[-1]:
+                warn(f"using checkpoint {step} instead")
             return restored["state"], restored["meta"]
         if steps:
             raise UserError(

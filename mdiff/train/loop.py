@@ -127,7 +127,7 @@ def train(
 
     ledger = Ledger.load(folder / "ledger.json") if resuming else Ledger()
     with (
-        stop_on_signal() as stop,
+        stop_on_signal(monitor.say) as stop,
         ledger.time("start"),
         checkpoint.open_run(folder, cfg.train) as checkpoints,
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,9 +23,10 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
     """Within the block, the first SIGTERM or SIGINT sets the request; a second one acts as usual.
 
+    `say` is told about the first, since a compilation that is under way has to end before the save.
     Call from the main thread of a single-process run.
     """
     request = StopRequest()
@@ -36,6 +37,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         request.signal = signal.Signals(number).name
         for each, handler in previous.items():
             signal.signal(each, handler)
+        say(f"{request.signal}: saving and stopping after this step; once more stops at once")
 
     for number in handled:
         signal.signal(number, handle)
