@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mdiff.errors import UserError
 
@@ -28,6 +31,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text`, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def strict(tree: Any) -> Any:
+    """`tree` with every NaN and infinity as None, so that any JSON reader takes it."""
+    if isinstance(tree, Mapping):
+        return {str(name): strict(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [strict(value) for value in tree]
+    if isinstance(tree, float | np.floating):
+        return float(tree) if math.isfinite(tree) else None
+    return int(tree) if isinstance(tree, np.integer) else tree
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -245,6 +245,28 @@ def _side(name: str, images: np.ndarray, ids: np.ndarray | None, config: Audit, 
     return _Side(name, images, ids, origin, rows, mirrored, labels, threshold)
 
 
+def ratio_rule(reference: np.ndarray, config: Audit, name: str = "train") -> Callable[[np.ndarray], Estimate]:
+    """The audit's ratio rule alone, for curves: what depends on `reference` is computed once.
+
+    Args:
+      reference: [R,H,W,C] uint8, or float in [-1, 1].
+      config: the rules.
+      name: of the reference in an error.
+
+    Returns:
+      A function of generations [Q,H,W,C]: the share that are copies of a reference image.
+    """
+    side = _side(name, reference, None, config, None)
+
+    def rate(generated: np.ndarray) -> Estimate:
+        ratio = similarity.ratio_test(
+            flatten(generated), side.rows, side.labels, mirrored=side.mirrored, chunk=config.chunk, what=name
+        ).ratio
+        return intervals.wilson(int((ratio < config.ratio).sum()), len(generated), config.confidence)
+
+    return rate
+
+
 def _pca(sides: dict[str, _Side], config: Audit) -> PixelPCA:
     """Components of equally many training and held-out images, evenly spaced over each set."""
     most = min(_FIT_ROWS, min(len(side.images) for side in sides.values()))

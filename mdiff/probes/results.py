@@ -16,7 +16,7 @@ import numpy as np
 import mdiff
 from mdiff.config import Audit, from_json, to_json
 from mdiff.errors import UserError
-from mdiff.files import write_atomically, write_text
+from mdiff.files import strict, write_atomically, write_text
 from mdiff.types import Estimate
 
 FORMAT = 1
@@ -113,7 +113,7 @@ def save(result: AuditResult, folder: str | Path) -> None:
         "percentiles": result.percentiles,
         "curves": result.curves,
     }
-    text = json.dumps(_finite(tree), indent=1, allow_nan=False)
+    text = json.dumps(strict(tree), indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "audit.npz", lambda part: part.write_bytes(buffer.getvalue()))
@@ -173,14 +173,6 @@ def load(folder: str | Path) -> AuditResult:
 
 def _numbers(tree: dict[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in tree.items()}
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _stamp(data: bytes) -> str:

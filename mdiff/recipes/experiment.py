@@ -19,21 +19,18 @@ from mdiff import config
 from mdiff.data import source
 from mdiff.data.split import Subset, load_subset, split
 from mdiff.errors import UserError
-from mdiff.features.pixel import flatten, mirror
 from mdiff.files import write_atomically, write_json
 from mdiff.keys import keys
 from mdiff.nets.denoiser import Model, from_sigma_fn, make_model, make_process
 from mdiff.objectives import ambient
 from mdiff.probes import audit as audits
-from mdiff.probes.intervals import wilson
 from mdiff.probes.results import AuditResult
-from mdiff.probes.similarity import cluster_near_duplicates, median_pair_distance, ratio_test
 from mdiff.process.gaussian import VarianceExploding
 from mdiff.process.times import karras_grid
 from mdiff.sample import sampler
 from mdiff.train import checkpoint, loop, mesh, state, workdir
 from mdiff.train.ledger import Ledger
-from mdiff.types import Array, Estimate, Evaluator, Params, to_uint8
+from mdiff.types import Array, Denoiser, Evaluator, Params, to_uint8
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,15 @@ class Experiment:
     model: Model
 
 
-def prepare(cfg: config.Config) -> Experiment:
+def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     """Load the data and build the model; the place where a config's mistakes surface.
 
+    Args:
+      cfg: the experiment.
+      record: a run's `subset.json`: take the images it names and check their hashes, instead of drawing.
+
     Raises:
-      UserError: the first field that is out of range or does not fit the data.
+      UserError: the first field that is out of range or does not fit the data or the record.
     """
     if cfg.process.sigma_min <= 0 or cfg.process.sigma_max <= cfg.process.sigma_min or cfg.process.rho <= 0:
         raise UserError(
@@ -61,7 +62,7 @@ def prepare(cfg: config.Config) -> Experiment:
     sampler.check(cfg.sample)
     images = source.load(cfg.data.source, cfg.data.size)
     model = make_model(cfg, images.x.shape[-1])
-    subset = split(cfg.data, images)
+    subset = split(cfg.data, images) if record is None else load_subset(record, images)
     if cfg.net.classes:
         found = -1 if images.label is None else int(images.label.max())
         if found < 0 or found >= cfg.net.classes:
@@ -130,22 +131,38 @@ def conditions(model: Model, params: Params, index: Array) -> Array | None:
 def make_generator(model: Model, cfg: config.Sample) -> Callable[[Params, Array], Array]:
     """A jitted `(params, sample index [B]) -> images [B,H,W,C]`; sample i is the same in any batch."""
     assert isinstance(model.process, VarianceExploding)
-    process, grid = model.process, karras_grid(model.process, cfg.steps)
-    step = sampler.METHODS[cfg.method](process, cfg)
+    process, shape = model.process, model.shape
 
     @jax.jit
     def generate(params: Params, index: Array) -> Array:
-        cond = conditions(model, params, index)
-        sample_keys = keys(cfg.seed, "sample", index)
-        denoiser = model.denoiser(params)
-        return sampler.integrate(process, denoiser, step, grid, sample_keys, model.shape, cond)
+        return _integrate(
+            process, cfg, model.denoiser(params), index, shape, conditions(model, params, index)
+        )
 
     return generate
+
+
+def _integrate(
+    process: VarianceExploding,
+    cfg: config.Sample,
+    denoiser: Denoiser,
+    index: Array,
+    shape: tuple[int, ...],
+    cond: Array | None = None,
+) -> Array:
+    """Samples `index` [B] of any denoiser by the configured method on the Karras grid; trace it in a jit."""
+    step, grid = sampler.METHODS[cfg.method](process, cfg), karras_grid(process, cfg.steps)
+    return sampler.integrate(process, denoiser, step, grid, keys(cfg.seed, "sample", index), shape, cond)
 
 
 def batches(n: int, batch: int) -> list[Array]:
     """Sample indices 0..n-1 in device batches of one size; the last one runs over."""
     return [jnp.arange(start, start + batch) for start in range(0, n, batch)]
+
+
+def draw(generate: Callable[[Array], Array], n: int, batch: int) -> np.ndarray:
+    """Samples 0..n-1 of `generate(index [B]) -> images [B,H,W,C]` as uint8 [n,H,W,C]."""
+    return np.concatenate([to_uint8(generate(index)) for index in batches(n, batch)])[:n]
 
 
 def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.ndarray:
@@ -198,30 +215,25 @@ def audit_rules(cfg: config.Config) -> config.Audit:
     return replace(cfg.audit, flips=cfg.audit.flips or cfg.data.flip)
 
 
-def memorized_fraction(images: np.ndarray, reference: np.ndarray, rules: config.Audit) -> Estimate:
-    """Share of `images` that the ratio rule calls copies of `reference`; both uint8 [N,H,W,C]."""
-    rows = flatten(reference)
-    mirrored = flatten(mirror(reference)) if rules.flips else None
-    threshold = rules.near_duplicate * median_pair_distance(rows)
-    labels = cluster_near_duplicates(rows, threshold, mirrored=mirrored)
-    ratio = ratio_test(flatten(images), rows, labels, mirrored=mirrored).ratio
-    return wilson(int((ratio < rules.ratio).sum()), len(images), rules.confidence)
-
-
 def memorization_curve(experiment: Experiment) -> Evaluator:
     """The evaluator a training loop is handed: memorized fraction of a few generations, with control."""
     cfg, model, subset = experiment.config, experiment.model, experiment.subset
     n = cfg.train.eval_samples
-    generate = make_generator(model, replace(cfg.sample, n=n))
+    generate = make_generator(model, cfg.sample)
+    rules = {
+        name: audits.ratio_rule(reference.x, audit_rules(cfg), side)
+        for name, side, reference in (
+            ("memorized", "train", subset.train),
+            ("control", "heldout", subset.heldout),
+        )
+        if len(reference) >= 2
+    }
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
-        parts = [to_uint8(generate(params, index)) for index in batches(n, min(n, cfg.sample.batch))]
-        images = np.concatenate(parts)[:n]
+        images = draw(functools.partial(generate, params), n, min(n, cfg.sample.batch))
         scalars: dict[str, float] = {}
-        for name, reference in (("memorized", subset.train), ("control", subset.heldout)):
-            if len(reference) < 2:
-                continue
-            rate = memorized_fraction(images, reference.x, audit_rules(cfg))
+        for name, rule in rules.items():
+            rate = rule(images)
             scalars |= {
                 f"eval/{name}": rate.value,
                 f"eval/{name}_low": rate.low,
@@ -269,9 +281,7 @@ def reopen(
     cfg = replace(
         stored.config, sample=sample_as or stored.config.sample, audit=audit_as or stored.config.audit
     )
-    experiment = prepare(cfg)
-    load_subset(folder / "subset.json", source.load(cfg.data.source, cfg.data.size))
-    return experiment
+    return prepare(cfg, folder / "subset.json")
 
 
 def audit_folders(
@@ -343,12 +353,6 @@ def audit_denoiser(
     """
     sampler.check(sample_as)
     law = make_process(process)
-    step, grid = sampler.METHODS[sample_as.method](law, sample_as), karras_grid(law, sample_as.steps)
     denoiser, shape = from_sigma_fn(denoise, law), train_images.shape[1:]
-
-    @jax.jit
-    def generate(index: Array) -> Array:
-        return sampler.integrate(law, denoiser, step, grid, keys(sample_as.seed, "sample", index), shape)
-
-    parts = [to_uint8(generate(index)) for index in batches(sample_as.n, sample_as.batch)]
-    return audits.audit(np.concatenate(parts)[: sample_as.n], train_images, heldout, rules)
+    generate = jax.jit(lambda index: _integrate(law, sample_as, denoiser, index, shape))
+    return audits.audit(draw(generate, sample_as.n, sample_as.batch), train_images, heldout, rules)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mdiff.errors import UserError
+from mdiff.files import strict
 from mdiff.probes.results import FORMAT
 from mdiff.train import metrics
 from mdiff.types import Estimate
@@ -180,17 +181,6 @@ def hashes(subset: Mapping[str, Any]) -> dict[str, str]:
 
     walk(subset, "")
     return found
-
-
-def strict(tree: Any) -> Any:
-    """`tree` with every NaN and infinity as None, so that any JSON reader takes it."""
-    if isinstance(tree, Mapping):
-        return {str(name): strict(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [strict(value) for value in tree]
-    if isinstance(tree, float | np.floating):
-        return float(tree) if math.isfinite(tree) else None
-    return int(tree) if isinstance(tree, np.integer) else tree
 
 
 def _plain(value: Estimate) -> dict[str, Any]:

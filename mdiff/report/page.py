@@ -15,11 +15,11 @@ from rich.text import Text
 
 from mdiff import __version__
 from mdiff.errors import UserError
-from mdiff.files import write_text
+from mdiff.files import strict, write_text
 from mdiff.probes import results
 from mdiff.probes.compare import compare
 from mdiff.report import figures, views, words
-from mdiff.report.collect import Run, as_json, read_run, strict
+from mdiff.report.collect import Run, as_json, read_run
 from mdiff.types import Estimate
 
 RESERVED = {"title", "seconds", "peak_rss_gb", "versions", "runs", "run", "verdict", "differences", "extra"}
