@@ -24,7 +24,11 @@ class Data:
     """Which images, and which of them are trained on."""
 
     source: str = "faces"
-    """Built-in name (faces, digits), a folder of images, or an .npz file."""
+    """Built-in name (faces, digits, mnist5k, emoji), a folder of images, an .npz file, or a prepared TFDS set."""
+    split: str = "train"
+    """Split of a TFDS set."""
+    reading: Literal["memory", "disk"] = "memory"
+    """Hold the training images on the devices, or read each batch from disk (TFDS sets only)."""
     size: int = 16
     """Images are resized to size x size pixels."""
     n: int = 50
@@ -35,42 +39,70 @@ class Data:
     """Seed of the draw into training and held-out images."""
     flip: bool = False
     """Mirror each training image left-right half of the time."""
+    shift: int = 0
+    """Shift each training image by up to so many pixels, with mirrored edges."""
+    augment: float = 0.0
+    """Probability of each transform of EDM's non-leaky augmentation; the network is told what was done."""
     duplicates: dict[int, int] = field(default_factory=dict)
     """Planted duplicates: training image id -> how many copies of it are trained on."""
+    planted_flips: dict[int, int] = field(default_factory=dict)
+    """Planted mirror images: training image id -> how many mirrored copies are added."""
+    planted_crops: dict[int, int] = field(default_factory=dict)
+    """Planted small crops: training image id -> how many differently cropped copies are added."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Variance-exploding process with EDM's noise range (arXiv 2206.00364)."""
+    """The noise law, and the range of noise levels worked in (EDM's sigma, whatever the law)."""
 
+    kind: Literal["ve", "vp_linear", "vp_cosine", "flow"] = "ve"
+    """Variance exploding (EDM), variance preserving with a linear or cosine schedule, or rectified flow."""
     sigma_min: float = 0.002
     """Lowest noise level of sampling."""
     sigma_max: float = 80.0
-    """Highest noise level; t = 1."""
+    """Highest noise level: where sampling starts."""
     rho: float = 7.0
-    """Exponent of the time map sigma = sigma_max * t**rho, and so of the Karras grid."""
+    """ve: exponent of the time map sigma = sigma_max * t**rho. All: exponent of the Karras grid."""
+    beta_min: float = 0.1
+    """vp_linear: rate of noise at t = 0."""
+    beta_max: float = 20.0
+    """vp_linear: rate of noise at t = 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """DDPM++ U-Net (arXiv 2011.13456) as sized by EDM."""
+    """The network: a DDPM++ U-Net as sized by EDM unless `arch` says otherwise."""
 
+    arch: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"
+    """DDPM++ or NCSN++ U-Net (arXiv 2011.13456), ADM U-Net (arXiv 2105.05233), DiT (arXiv 2212.09748)."""
     channels: int = 128
-    """Base width."""
+    """Base width; of a DiT, the width of its tokens."""
     mults: tuple[int, ...] = (2, 2, 2)
-    """Width of each resolution level, as a multiple of `channels`."""
+    """U-Nets: width of each resolution level, as a multiple of `channels`."""
     blocks: int = 4
-    """Residual blocks per level (the decoder has one more)."""
+    """U-Nets: residual blocks per level (the decoder has one more). DiT: number of blocks."""
     attention: tuple[int, ...] = (16,)
-    """Resolutions (of the feature map) that have self-attention."""
+    """U-Nets: resolutions (of the feature map) that have self-attention."""
+    head_channels: int = 0
+    """Width of one attention head; 0 is a single head."""
     patch: int = 1
-    """Space-to-depth stem: the U-Net works on size/patch."""
+    """U-Nets: space-to-depth stem, so that they work on size/patch. DiT: patch size."""
     dropout: float = 0.0
-    """Dropout inside residual blocks while training."""
+    """Dropout inside blocks while training."""
     classes: int = 0
-    """Number of class labels; 0 trains without conditions."""
+    """Number of class labels; 0 trains without labels."""
+    vector: int = 0
+    """Width of the vector condition that comes with each image; 0 trains without one."""
+    condition_dropout: float = 0.0
+    """Share of training examples whose condition is dropped: what classifier-free guidance needs."""
+    prediction: Literal["edm", "x0", "eps", "v", "velocity"] = "edm"
+    """What the network's output stands for: EDM's preconditioned mixture, or the quantity itself."""
     sigma_data: float = 0.5
     """Standard deviation of the data that the preconditioning assumes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the network's computations; parameters and coefficients are always float32."""
+    remat: Literal["none", "blocks", "dots"] = "none"
+    """Recompute in the backward pass: nothing, whole blocks, or all but matrix products."""
     scan_safe: bool = False
     """Convolution gradients that stay fast inside lax.scan on CPU, at the price of forward mode."""
 
@@ -79,14 +111,24 @@ class Net:
 class Loss:
     """Denoising loss; a cutoff above 0 makes it the ambient one (arXiv 2502.21278)."""
 
+    times: Literal["lognormal", "uniform", "logsnr", "logit_normal"] = "lognormal"
+    """Law of the noise levels trained at: ln sigma normal, t uniform, log SNR uniform, or logit t normal."""
     p_mean: float = -1.2
-    """Mean of ln sigma over training draws."""
+    """Mean of ln sigma (of logit t) over training draws."""
     p_std: float = 1.2
-    """Standard deviation of ln sigma over training draws."""
+    """Standard deviation of ln sigma (of logit t) over training draws."""
+    stratified: bool = False
+    """Spread the noise levels of a batch evenly over their law (low discrepancy)."""
+    share: float = 0.0
+    """Share of draws at or above the cutoff; 0 leaves it to the law."""
+    level_weight: Literal["edm", "x0", "eps", "v", "velocity", "min_snr", "learned"] = "edm"
+    """Weight of a noise level: EDM's, the plain error of x0, eps, v or velocity, min-SNR, or learned (EDM2)."""
+    min_snr: float = 5.0
+    """With level_weight min_snr: the largest weight (gamma)."""
     cutoff: float = 0.0
     """Noise level at and above which only the fixed noisy copies are trained on; 0 is plain training."""
     weight: Literal["edm", "x0", "inverse_variance"] = "edm"
-    """Weight above the cutoff: EDM's in noisy space, EDM's in clean space, or inverse variance."""
+    """Weight above the cutoff: `level_weight` in noisy space, in clean space, or with inverse variance."""
     max_gain: float = 4.0
     """With weight x0: draws whose 1/a exceeds this are set to weight 0 (the buffer above the cutoff)."""
 
@@ -99,14 +141,30 @@ class Train:
     """Optimizer steps."""
     batch: int = 32
     """Images per step, over all devices."""
+    optimizer: Literal["adam", "adamw", "muon"] = "adam"
+    """Adam, AdamW, or Muon for matrices with Adam for the rest."""
     lr: float = 1e-3
-    """Learning rate of Adam after the warm-up."""
+    """Learning rate after the warm-up."""
     warmup: int = 100
     """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    """How the learning rate falls after the warm-up."""
+    decay_steps: int = 0
+    """Where linear and cosine reach 0, or from where inverse_sqrt falls; 0 is the last step (of warm-up)."""
+    b1: float = 0.9
+    """Decay of the mean of gradients."""
+    b2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    weight_decay: float = 0.0
+    """adamw, muon: decoupled decay of matrices and kernels."""
     clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     ema_halflife: float = 2000.0
     """Half-life of the averaged weights, in images."""
+    ema_lengths: tuple[float, ...] = ()
+    """Also average with EDM2's power functions of these relative widths, such as 0.05 0.1."""
+    ema_every: int = 0
+    """Steps between snapshots of those averages, for post-hoc reconstruction; 0 keeps only the newest."""
     log_every: int = 50
     """Steps between log rows; the loss is checked for NaN there."""
     save_every: int = 500
@@ -141,10 +199,12 @@ class Sample:
     """Generations."""
     batch: int = 64
     """Generations per device call."""
-    method: Literal["heun", "ddim"] = "heun"
-    """Heun's second-order solver with churn (EDM), or DDIM."""
+    method: Literal["heun", "euler", "ddim", "dpmpp2m", "ddpm", "sde"] = "heun"
+    """Heun with churn (EDM), Euler, DDIM, DPM-Solver++(2M), ancestral DDPM, or Euler-Maruyama of the SDE."""
+    grid: Literal["karras", "uniform", "logsnr"] = "karras"
+    """Spacing of the noise levels: Karras (rho), uniform in t, or uniform in log SNR."""
     steps: int = 18
-    """Steps of the Karras grid."""
+    """Steps of the grid."""
     churn: float = 0.0
     """Heun: S_churn; 0 is deterministic."""
     churn_min: float = 0.0
@@ -155,6 +215,14 @@ class Sample:
     """Heun: S_noise, scale of the added noise."""
     eta: float = 0.0
     """DDIM: 0 is deterministic, 1 is ancestral."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance: 1 is none, 0 drops the condition, above 1 sharpens."""
+    guidance_min: float = 0.0
+    """Noise level down to which guidance acts."""
+    guidance_max: float = 1e9
+    """Noise level up to which guidance acts."""
+    ema: float = 0.0
+    """Sample the power-function average of this relative width (needs train.ema_lengths); 0: the usual one."""
     seed: int = 0
     """Sample i starts from noise that depends on (seed, i) alone."""
 
@@ -181,8 +249,10 @@ class Audit:
     """Bootstrap resamples."""
     chunk: int = 1024
     """Rows per distance block; bounds memory."""
+    features: str = "pixel"
+    """Feature space of cosine and quality: pixel (principal components) or random (untrained convolutions)."""
     components: int = 32
-    """Principal components of the named PCA-pixel space quality is measured in."""
+    """Principal components of the PCA-pixel space."""
     seed: int = 0
     """Seed of the bootstrap."""
 

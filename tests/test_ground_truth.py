@@ -17,7 +17,7 @@ from mdiff.errors import UserError
 from mdiff.nets import closed_form
 from mdiff.nets.denoiser import from_sigma_fn
 from mdiff.probes.intervals import wilson
-from mdiff.process.gaussian import VarianceExploding
+from mdiff.process.laws import VarianceExploding
 from mdiff.recipes.experiment import audit_denoiser
 from mdiff.types import to_float
 

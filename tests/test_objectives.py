@@ -20,7 +20,7 @@ from mdiff.keys import key
 from mdiff.nets.denoiser import Model
 from mdiff.objectives import ambient
 from mdiff.objectives import denoise as plain
-from mdiff.process.gaussian import VarianceExploding
+from mdiff.process.laws import VarianceExploding
 
 SD = 0.5
 WEIGHTS = ("edm", "x0", "inverse_variance")

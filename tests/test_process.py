@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdiff.process.gaussian import VarianceExploding
+from mdiff.process.laws import VarianceExploding
 from mdiff.process.times import karras_grid, lognormal_sigma
 
 PROCESS = VarianceExploding(0.002, 80.0, 7.0)

@@ -15,7 +15,7 @@ from mdiff import config
 from mdiff.errors import UserError
 from mdiff.keys import key, keys
 from mdiff.nets.denoiser import from_sigma_fn, make_model
-from mdiff.process.gaussian import VarianceExploding
+from mdiff.process.laws import VarianceExploding
 from mdiff.process.times import karras_grid
 from mdiff.recipes.experiment import make_generator
 from mdiff.sample import sampler

@@ -29,8 +29,9 @@ from mdiff.data.split import split
 from mdiff.data.stream import indices
 from mdiff.errors import UserError
 from mdiff.keys import key
-from mdiff.nets.denoiser import Model, make_process
+from mdiff.nets.denoiser import Model
 from mdiff.objectives import ambient
+from mdiff.process.laws import make_process
 from mdiff.recipes import experiment
 from mdiff.train import checkpoint, loop, mesh, metrics, state, workdir
 from mdiff.train.ledger import Ledger

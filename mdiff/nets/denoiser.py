@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from mdiff import config
 from mdiff.nets import unet
 from mdiff.nets.layers import BIASES, GATES, TAPS
-from mdiff.process.gaussian import GaussianProcess, VarianceExploding, bcast
+from mdiff.process.gaussian import GaussianProcess, bcast
+from mdiff.process.laws import make_process
 from mdiff.trees import named_leaves
 from mdiff.types import Array, Denoiser, Key, Params, Prediction
 
@@ -125,11 +126,6 @@ class Model:
             return self.apply(params, xt, t, cond, gates)[0]
 
         return denoise
-
-
-def make_process(cfg: config.Process) -> VarianceExploding:
-    """The process a config describes."""
-    return VarianceExploding(cfg.sigma_min, cfg.sigma_max, cfg.rho)
 
 
 def make_model(cfg: config.Config, channels: int) -> Model:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdiff.process.gaussian import VarianceExploding
+from mdiff.process.laws import VarianceExploding
 from mdiff.types import Array, Key
 
 

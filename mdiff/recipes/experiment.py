@@ -21,11 +21,11 @@ from mdiff.data.split import Subset, load_subset, split
 from mdiff.errors import UserError
 from mdiff.files import write_atomically, write_json
 from mdiff.keys import keys
-from mdiff.nets.denoiser import Model, from_sigma_fn, make_model, make_process
+from mdiff.nets.denoiser import Model, from_sigma_fn, make_model
 from mdiff.objectives import ambient
 from mdiff.probes import audit as audits
 from mdiff.probes.results import AuditResult
-from mdiff.process.gaussian import VarianceExploding
+from mdiff.process.laws import VarianceExploding, make_process
 from mdiff.process.times import karras_grid
 from mdiff.sample import sampler
 from mdiff.train import checkpoint, loop, mesh, state, workdir
