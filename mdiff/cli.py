@@ -1,111 +1,26 @@
-"""The command line: `mdiff train | eval | sample | audit | report | compare | demo`."""
+"""The command line: `mdiff COMMAND`; `COMMANDS` lists them. Libraries are imported where they are used."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
-import tyro
-
-from mdiff import config
+from mdiff import commands, config
 from mdiff.arguments import option, parse
-from mdiff.config import Config
 from mdiff.errors import UserError
-from mdiff.files import check_writable
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainArgs:
-    """Train a model, or go on training it."""
-
-    config: Path
-    """Experiment file, such as configs/faces.py."""
-    workdir: Path
-    """Folder of the run; an interrupted run in it is resumed."""
-    init_from: Path | None = None
-    """Fine-tune: start from the averaged weights of this run, or of one of its checkpoints/STEP."""
-    fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalArgs:
-    """Sample a trained model and audit the samples against its training images."""
-
-    workdir: Path
-    """Folder of the run."""
-    probes: tuple[str, ...] = ("audit",)
-    """What to measure: audit."""
-    sample: config.Sample = config.Sample()
-    audit: config.Audit = config.Audit()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleArgs:
-    """Draw generations from a trained model into samples.npz."""
-
-    workdir: Path
-    """Folder of the run."""
-    png: bool = False
-    """Also write every generation as a PNG file into generations/."""
-    sample: config.Sample = config.Sample()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditArgs:
-    """Audit images from any system: what they copy from the training images. Needs no model."""
-
-    generated: Path
-    """Generated images: a folder or an .npz file."""
-    train: Path
-    """Images the system was trained on: a folder or an .npz file."""
-    heldout: Path | None = None
-    """Images from the same source that it was not trained on: the control."""
-    out: Path = Path("runs/audit")
-    """Folder for audit.json, report.html and report.json."""
-    audit: config.Audit = config.Audit()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportArgs:
-    """Write one page from the result files of one or more runs, side by side."""
-
-    workdir: tuple[Path, ...]
-    """Folders that hold an audit.json."""
-    out: Path | None = None
-    """Folder for report.html and report.json; the run's own folder when there is one run."""
-    title: str = "mdiff report"
-    """Title of the page."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareArgs:
-    """Paired differences between two audited runs (second minus first), with intervals."""
-
-    runs: tyro.conf.Positional[tuple[Path, Path]]
-    """Two folders with an audit.json, sampled with the same seed and number of generations."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoArgs:
-    """Train, sample and audit a standard and an ambient twin on the same few faces."""
-
-    out: Path = Path("runs/demo")
-    """Folder for both runs and the page; an interrupted demo in it is resumed."""
-    steps: int | None = None
-    """Training steps of both twins; the demo's own number when not given."""
-    again: bool = False
-    """Start over: delete an earlier demo in the folder first."""
+from mdiff.files import check_writable, strict, write_json
 
 
 def train(arguments: Sequence[str]) -> int:
     path = option(arguments, "config")
     default = config.Config() if path is None else config.load(path)
-    args = parse(TrainArgs, arguments, "mdiff train", {"fields": default})
+    args = parse(commands.TrainArgs, arguments, "mdiff train", {"fields": default})
     from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
@@ -132,18 +47,23 @@ def evaluate(arguments: Sequence[str]) -> int:
 
         stored = workdir.read(Path(folder)).config
         defaults = {"sample": stored.sample, "audit": stored.audit}
-    args = parse(EvalArgs, arguments, "mdiff eval", defaults)
-    unknown = [name for name in args.probes if name != "audit"]
-    if unknown:
-        raise UserError(f"--probes {unknown[0]}: unknown probe; there is: audit")
+    args = parse(commands.EvalArgs, arguments, "mdiff eval", defaults)
+    probes = _probes(args.probes)
     from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
     with Monitor() as monitor:
         made = experiment.reopen(args.workdir, args.sample, args.audit)
+        before = _digest(args.workdir / "samples.npz")
         experiment.sample(made, args.workdir, monitor)
+        if before != _digest(args.workdir / "samples.npz"):
+            _forget(args.workdir, monitor.say)
         if "audit" in args.probes:
             experiment.audit(made, args.workdir, monitor)
+        for name in probes:
+            experiment.probe(name, made, args.workdir, monitor)
+        if "audit" not in args.probes:
+            monitor.say(f"no page without the audit; next: mdiff report {args.workdir}")
     if "audit" in args.probes:
         _report(
             args.workdir,
@@ -161,7 +81,7 @@ def sample(arguments: Sequence[str]) -> int:
         from mdiff.train import workdir
 
         defaults = {"sample": workdir.read(Path(folder)).config.sample}
-    args = parse(SampleArgs, arguments, "mdiff sample", defaults, flags=True)
+    args = parse(commands.SampleArgs, arguments, "mdiff sample", defaults, flags=True)
     from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
@@ -175,7 +95,10 @@ def sample(arguments: Sequence[str]) -> int:
 
 
 def audit(arguments: Sequence[str]) -> int:
-    args = parse(AuditArgs, arguments, "mdiff audit")
+    args = parse(commands.AuditArgs, arguments, "mdiff audit")
+    probes = _probes(args.probes)
+    if "audit" not in args.probes:
+        raise UserError(f"--probes {' '.join(args.probes)}: the page needs the audit; add audit")
     from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
@@ -183,8 +106,14 @@ def audit(arguments: Sequence[str]) -> int:
         raise UserError(f"--out {args.out}: holds a training run; choose another folder")
     check_writable(args.out, "--out")
     with Monitor() as monitor:
-        heldout = None if args.heldout is None else str(args.heldout)
+        heldout, before = None if args.heldout is None else str(args.heldout), _digest(args.out / "audit.npz")
         experiment.audit_folders(str(args.generated), str(args.train), heldout, args.audit, args.out, monitor)
+        if before != _digest(args.out / "audit.npz"):
+            _forget(args.out, monitor.say)
+        for name in probes:
+            experiment.probe_folders(
+                name, str(args.generated), str(args.train), heldout, args.audit, args.out, monitor
+            )
     _report(
         args.out,
         {args.generated.name or "generated": args.out},
@@ -195,21 +124,50 @@ def audit(arguments: Sequence[str]) -> int:
 
 
 def report(arguments: Sequence[str]) -> int:
-    args = parse(ReportArgs, arguments, "mdiff report")
-    if args.out is None and len(args.workdir) != 1:
+    args = parse(commands.ReportArgs, arguments, "mdiff report")
+    folders = [*args.runs, *args.workdir]
+    if not folders:
+        raise UserError("RUNS: 0 given; give one or more folders that hold an audit.json")
+    if args.out is None and len(folders) != 1:
         raise UserError("--out: name a folder for the page of several runs")
     if args.out is not None:
         check_writable(args.out, "--out")
-    names = [folder.resolve().name for folder in args.workdir]
+    names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in args.workdir]
-    _report(
-        args.out or args.workdir[0],
-        dict(zip(names, args.workdir, strict=True)),
-        args.title,
-        _command("report", arguments),
-    )
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"RUNS {twice}: given twice; give each folder once")
+    runs = dict(zip(names, folders, strict=True))
+    _report(args.out or folders[0], runs, args.title, _command("report", arguments))
     return 0
+
+
+def _probes(names: Sequence[str]) -> list[str]:
+    """The probes beside the audit, each once; a wrong name costs nothing but the time to read one line."""
+    if not names:
+        raise UserError("--probes: 0 given; give audit, or other probes")
+    if set(names) == {"audit"}:
+        return []
+    from mdiff.probes.registry import PROBES
+
+    for name in names:
+        if name not in PROBES and name != "audit":
+            raise UserError(f"--probes {name}: unknown probe; there are audit, {', '.join(PROBES)}")
+    return [name for name in dict.fromkeys(names) if name != "audit"]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _forget(folder: Path, say: Callable[[str], None]) -> None:
+    """Delete the results of probes on earlier generations, which the page would show beside new ones."""
+    if stale := sorted(folder.glob("probe_*.json")):
+        for path in stale:
+            path.unlink()
+            path.with_suffix(".npz").unlink(missing_ok=True)
+        say(f"other generations than before: removed {', '.join(path.name for path in stale)}")
 
 
 def _command(name: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -219,19 +177,22 @@ def _command(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _report(out: Path, runs: dict[str, Path], title: str, extra: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from mdiff.report.page import RESERVED, terminal_table, write_report
+    from mdiff.report.page import RESERVED, probe_tables, terminal_table, write_report
 
     named = {f"{name} (run)" if name in RESERVED else name: folder for name, folder in runs.items()}
     written = write_report(out, named, title=title, extra=extra)
     console = Console()
-    console.print(terminal_table(written))
+    for table in (terminal_table(written), *probe_tables(written)):
+        console.print(table)
     for paragraph in written["verdict"]:
         console.print(paragraph, markup=False, highlight=False)
     console.print(f"page: {(out / 'report.html').resolve()}", soft_wrap=True)
 
 
 def compare(arguments: Sequence[str]) -> int:
-    args = parse(CompareArgs, arguments, "mdiff compare")
+    args = parse(commands.CompareArgs, arguments, "mdiff compare")
+    if args.out is not None and args.out.suffix != ".json":
+        raise UserError(f"--out {args.out}: is no .json file; give one")
     from rich.console import Console
     from rich.table import Table
 
@@ -239,19 +200,83 @@ def compare(arguments: Sequence[str]) -> int:
     from mdiff.probes.compare import compare as paired
 
     first, second = (results.load(folder) for folder in args.runs)
+    found, level = paired(first, second), second.config.confidence
+    if args.out is not None:
+        check_writable(args.out.parent, "--out")
+        tree = {
+            "format": 1,
+            "first": str(args.runs[0]),
+            "second": str(args.runs[1]),
+            "confidence": level,
+            "second_minus_first": {name: asdict(value) for name, value in found.items()},
+        }
+        write_json(args.out, strict(tree))
     table = Table(
-        title=f"{args.runs[1]} minus {args.runs[0]}", caption="paired over generations; 95 % intervals"
+        title=f"{args.runs[1]} minus {args.runs[0]}",
+        caption=f"paired over generations; {100 * level:g} % intervals",
     )
     for column in ("measure", "difference", "low", "high", "n"):
         table.add_column(column, justify="left" if column == "measure" else "right")
-    for name, value in paired(first, second).items():
+    for name, value in found.items():
         table.add_row(name, *(f"{x:+.4f}" for x in (value.value, value.low, value.high)), str(value.n))
     Console().print(table)
     return 0
 
 
+def watch(arguments: Sequence[str]) -> int:
+    args = parse(commands.WatchArgs, arguments, "mdiff watch", flags=True)
+    from mdiff.report.watch import watch as follow
+
+    follow(args.runs, args.every, args.once)
+    return 0
+
+
+def judge(arguments: Sequence[str]) -> int:
+    parts = {"export": _judge_export, "import": _judge_import}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: mdiff judge export RUN [OPTIONS]\n       mdiff judge import RUN ANSWERS.json [...]\n")
+        print(
+            "export writes a page on which a person judges the most copy-like pairs; import reads the answers."
+        )
+        print("Each has --help.")
+        return 0 if arguments else 2
+    if arguments[0] not in parts:
+        raise UserError(f"judge {arguments[0]}: unknown; give judge export or judge import")
+    return parts[arguments[0]](arguments[1:])
+
+
+def _judge_export(arguments: Sequence[str]) -> int:
+    args = parse(commands.JudgeExportArgs, arguments, "mdiff judge export")
+    if args.out is not None:
+        check_writable(args.out, "--out")
+    from mdiff.report.judge import export
+
+    page, sheet = export(args.workdir, args.top, args.controls, args.seed, args.out)
+    print(f"{sheet.top} pairs and {sheet.controls} controls, shuffled: {page.resolve()}")
+    print(f"then: mdiff judge import {shlex.quote(str(args.workdir))} ANSWERS.json")
+    return 0
+
+
+def _judge_import(arguments: Sequence[str]) -> int:
+    args = parse(commands.JudgeImportArgs, arguments, "mdiff judge import")
+    from rich.console import Console
+
+    from mdiff.probes import records, results, verdicts
+    from mdiff.report.page import probe_table
+
+    audited = results.load(args.workdir)
+    found = verdicts.verdicts(audited, [verdicts.read_answers(path) for path in args.answers])
+    path = records.save(found, args.workdir)
+    console = Console()
+    console.print(probe_table(found))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    console.print(f"written: {path}; mdiff report {args.workdir} shows it", soft_wrap=True, markup=False)
+    return 0
+
+
 def demo(arguments: Sequence[str]) -> int:
-    args = parse(DemoArgs, arguments, "mdiff demo", flags=True)
+    args = parse(commands.DemoArgs, arguments, "mdiff demo", flags=True)
     from mdiff.recipes import demo as recipe
 
     spent = recipe.run(args.out, args.steps, args.again)
@@ -263,19 +288,48 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (train, "train a model from a config, or resume it"),
-    "eval": (evaluate, "sample a trained model and audit what it memorized"),
-    "sample": (sample, "only draw generations"),
-    "audit": (audit, "audit images from any system, no model needed"),
-    "report": (report, "one page from the results of one or more runs"),
-    "compare": (compare, "paired differences between two audited runs"),
-    "demo": (demo, "the whole path on real faces, two models side by side"),
-}
+class Command(NamedTuple):
+    """What a command does, in code, in words, and as an example."""
+
+    run: Callable[[Sequence[str]], int]
+    does: str
+    example: str
+
+
+COMMANDS = {
+    "train": Command(
+        train, "train a model from a config, or resume it",
+        "--config configs/faces.py --workdir runs/mine --train.steps 3000",
+    ),
+    "watch": Command(watch, "follow runs on the terminal while they train", "runs/mine runs/other"),
+    "eval": Command(
+        evaluate, "sample a trained model and measure what it memorized",
+        "--workdir runs/mine --probes audit quality",
+    ),
+    "sample": Command(sample, "only draw generations", "--workdir runs/mine --sample.n 1000 --png"),
+    "audit": Command(
+        audit, "audit images from any system, no model needed",
+        "--generated samples/ --train training/ --heldout other/ --out runs/audit",
+    ),
+    "report": Command(
+        report, "one page from the results of one or more runs", "runs/mine runs/other --out runs/both"
+    ),
+    "compare": Command(
+        compare, "paired differences between two audited runs", "runs/mine runs/other --out diff.json"
+    ),
+    "judge": Command(
+        judge, "let people judge the most copy-like pairs, and read their answers",
+        "export runs/mine --top 100",
+    ),
+    "demo": Command(demo, "the whole path on real faces, two models side by side", "--out runs/demo"),
+}  # fmt: skip
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(
+        f"  {name:<8} {command.does}\n{'':11}mdiff {name} {command.example}"
+        for name, command in COMMANDS.items()
+    )
     return f"usage: mdiff COMMAND [OPTIONS]\n\n{rows}\n\nmdiff COMMAND --help lists every option with its default."
 
 
@@ -294,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if name not in COMMANDS:
             raise UserError(f"{name}: unknown command; there are {', '.join(COMMANDS)}")
-        return COMMANDS[name][0](arguments[1:])
+        return COMMANDS[name].run(arguments[1:])
     except UserError as error:
         print(f"mdiff: {error}", file=sys.stderr)
         return 2

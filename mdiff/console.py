@@ -1,9 +1,10 @@
-"""What a person sees while work is running: rich progress bars with the time left."""
+"""What a person sees while work is running: progress bars, or sparse plain lines where there is no terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,10 +17,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+_PARTS = 10  # plain lines of a task, but none sooner than `_SOON` and none later than `_LATE` seconds
+_SOON, _LATE = 5.0, 60.0
+
 
 def make_progress(console: Console) -> Progress:
-    """Bars with count, elapsed time, time left and a short text."""
-    return Progress(
+    """Bars with count, elapsed time, time left and a short text; plain lines when not on a terminal."""
+    kind = Progress if console.is_terminal else _Lines
+    return kind(
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
@@ -29,7 +34,36 @@ def make_progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        disable=not console.is_terminal,
     )
+
+
+class _Lines(Progress):
+    """Progress for logs: a line per tenth of a slow task, at least one a minute, and one at the end."""
+
+    def __init__(self, *columns: Any, **options: Any) -> None:
+        super().__init__(*columns, **options)
+        self._printed: dict[TaskID, tuple[int, float]] = {}
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """See `rich.progress.Progress.update`; then prints a line if one is due."""
+        super().update(task_id, **fields)
+        task = self._tasks[task_id]
+        if not task.total:
+            return
+        now, part = self.get_time(), int(_PARTS * task.completed // task.total)
+        last, when = self._printed.setdefault(task_id, (0, now))
+        due = part > last and now - when >= _SOON
+        ended = part >= _PARTS > last
+        if not (ended or due or (now - when >= _LATE and last < _PARTS)):
+            return
+        self._printed[task_id] = (part, now)
+        text = f"{task.description}: {task.completed:.0f} of {task.total:.0f}"
+        if task.fields.get("note"):
+            text += f", {task.fields['note']}"
+        if task.elapsed is not None and task.elapsed >= 1:
+            text += f", {task.elapsed:.0f} s"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def note(scalars: Mapping[str, float]) -> str:
@@ -43,7 +77,7 @@ def note(scalars: Mapping[str, float]) -> str:
 
 
 class Monitor:
-    """Progress bars on the terminal, one per task; use as a context manager."""
+    """Progress of each task; use as a context manager."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)

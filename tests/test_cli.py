@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdiff import cli, config
+from mdiff import cli, commands, config
 from mdiff.arguments import parse
 from mdiff.data import source
+from mdiff.data.split import save_subset
+from mdiff.probes.records import Measure, ProbeResult
+from mdiff.probes.registry import PROBES
+from mdiff.recipes import experiment
+from mdiff.train import workdir
+from mdiff.types import Estimate
 
 ROOT = Path(__file__).parent.parent
 FACES = str(ROOT / "configs" / "faces.py")
@@ -90,11 +96,100 @@ def test_compare_and_joint_report(folders, tmp_path, capsys):
     code, out, _ = run(capsys, "compare", tmp_path / "a", tmp_path / "b")
     assert code == 0
     assert "+0.5000" in out  # all of b are copies, half of a
-    code, _, _ = run(
-        capsys, "report", "--workdir", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both"
-    )
+    file = tmp_path / "new" / "difference.json"
+    assert run(capsys, "compare", tmp_path / "a", tmp_path / "b", "--out", file)[0] == 0
+    tree = json.loads(file.read_text())
+    assert tree["second_minus_first"]["memorized"]["value"] == 0.5
+    assert tree["second_minus_first"]["memorized"]["n"] == 40
+    assert (tree["first"], tree["confidence"]) == (str(tmp_path / "a"), 0.95)
+    both = tmp_path / "both"
+    for folders_given in (
+        ("--workdir", tmp_path / "a", tmp_path / "b"),
+        (tmp_path / "a", tmp_path / "b"),
+        (tmp_path / "a", "--workdir", tmp_path / "b"),
+    ):
+        assert run(capsys, "report", *folders_given, "--out", both)[0] == 0
+        assert json.loads((both / "report.json").read_text())["runs"] == ["a", "b"]
+    assert "no .json file" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b", "--out", "x.txt")
+    assert "given twice" in refused(capsys, "report", tmp_path / "a", tmp_path / "a", "--out", both)
+    assert "--out" in refused(capsys, "report", tmp_path / "a", tmp_path / "b")
+    assert "RUNS: 0 given" in refused(capsys, "report")
+
+
+def test_probes_of_an_audit(folders, tmp_path, capsys):
+    out = tmp_path / "a"
+    arguments = ("audit", "--generated", folders / "generated", "--train", folders / "train", "--heldout",
+                 folders / "heldout", "--out", out, "--audit.bootstrap", 20)  # fmt: skip
+    code, printed, _ = run(capsys, *arguments, "--probes", "audit", "yields")
     assert code == 0
-    assert set(json.loads((tmp_path / "both" / "report.json").read_text())["runs"]) == {"a", "b"}
+    report = json.loads((out / "report.json").read_text())
+    measures = {row["key"]: row["value"] for row in report["run"]["probes"]["yields"]["measures"]}
+    assert 0.5 in measures.values()  # the share of copies
+    assert "How many training images come out" in printed
+    assert run(capsys, *arguments)[0] == 0  # the same images: the probe's results still hold
+    assert (out / "probe_yields.json").exists()
+    others = [str(folders / "heldout") if a == folders / "generated" else a for a in arguments]
+    code, _, err = run(capsys, *others)
+    assert code == 0
+    assert "removed probe_yields.json" in err
+    assert not list(out.glob("probe_*"))
+    for probes, words in (
+        (("audit", "yeilds"), ("--probes yeilds", "yields")),
+        (("yields",), ("add audit",)),
+        ((), ("--probes: 0 given",)),
+    ):
+        line = refused(capsys, *arguments, "--probes", *probes)
+        assert all(word in line for word in words)
+
+
+def test_probes_of_a_run(tmp_path, capsys, monkeypatch):
+    """Probes get the run's own images and ids; results on earlier generations do not outlive them."""
+    cfg = config.Config(
+        data=config.Data(source="faces", size=16, n=30, heldout=30),
+        net=config.Net(channels=32, mults=(1,), blocks=1, attention=(), patch=2),
+        sample=config.Sample(n=40),
+        audit=config.Audit(bootstrap=20),
+    )
+    made = experiment.prepare(cfg)
+    workdir.write(tmp_path, cfg, made.model.shape, 1)
+    save_subset(tmp_path / "subset.json", made.subset, cfg.data)
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 256, (2, 40, 16, 16, 1), dtype=np.uint8)
+    first[:10] = made.subset.train.x[:10]
+    drawn = [first, first, second]
+
+    def sample(experiment, folder, monitor):
+        images = drawn.pop(0)
+        np.savez(folder / "samples.npz", x=images, step=3)
+        return images
+
+    monkeypatch.setattr(experiment, "sample", sample)
+    seen = []
+
+    def probe(generated, train, heldout, rules, *, train_ids, heldout_ids, labels, progress):
+        seen.append((generated, train, heldout, train_ids, heldout_ids, labels, rules))
+        progress("all", 1, 1)
+        share = Estimate(float(np.mean([(x == train).all((1, 2, 3)).any() for x in generated])), 0, 1, 40)
+        return ProbeResult("exact", "Exact copies", "pixels", [Measure("exact", "exact", share, "%")])
+
+    monkeypatch.setitem(PROBES, "exact", (probe, "copies bit for bit"))
+    assert run(capsys, "eval", "--workdir", tmp_path, "--probes", "audit", "exact")[0] == 0
+    generated, train, heldout, train_ids, heldout_ids, labels, rules = seen[0]
+    np.testing.assert_array_equal(generated, first)
+    np.testing.assert_array_equal(train, made.subset.train.x)
+    np.testing.assert_array_equal(heldout, made.subset.heldout.x)
+    np.testing.assert_array_equal(train_ids, made.subset.train.id)
+    np.testing.assert_array_equal(heldout_ids, made.subset.heldout.id)
+    assert labels is None
+    assert rules.bootstrap == 20
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["run"]["probes"]["exact"]["measures"][0]["value"] == 0.25
+    assert run(capsys, "eval", "--workdir", tmp_path)[0] == 0  # the same generations again
+    assert (tmp_path / "probe_exact.json").exists()
+    code, _, err = run(capsys, "eval", "--workdir", tmp_path)
+    assert code == 0
+    assert "removed probe_exact.json" in err
+    assert json.loads((tmp_path / "report.json").read_text())["run"]["probes"] == {}
 
 
 def test_help_lists_every_field_with_default(capsys):
@@ -109,12 +204,82 @@ def test_help_lists_every_field_with_default(capsys):
     assert run(capsys)[0] == 2
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert all(command in out for command in cli.COMMANDS)
+    for name, command in cli.COMMANDS.items():
+        assert f"mdiff {name} {command.example}" in out
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_examples_of_the_usage_can_be_parsed(name):
+    """Each example names options that exist; none of them is run."""
+    words = cli.COMMANDS[name].example.split()
+    kind = {"eval": "EvalArgs", "judge": "JudgeExportArgs"}.get(name, f"{name.capitalize()}Args")
+    parse(
+        getattr(commands, kind),
+        words[name == "judge" :],
+        f"mdiff {name}",
+        flags=name not in ("train", "eval"),
+    )
+
+
+def test_help_of_probes_names_them_all(capsys):
+    assert set(PROBES) == {"similarity", "yields", "quality"}
+    for command in ("eval", "audit"):
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0
+        assert all(name in out for name in PROBES)
+
+
+def test_help_starts_without_the_heavy_libraries():
+    code = "import sys; from mdiff import cli; cli.main(['--help']); print(sorted({'jax', 'sklearn', 'scipy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["audit"], ["--generated", "is missing", "a path"]),
+        (["audit", "--generated"], ["--generated", "has no value"]),
+        (["eval"], ["--workdir", "is missing"]),
+        (["compare", "a"], ["RUNS", "1 given", "2 values"]),
+        (["compare", "a", "b", "c"], ["'c'", "belongs to no option"]),
+        (["demo", "--steps", "1.5"], ["--steps 1.5", "a whole number"]),
+        (["demo", "--again", "yes"], ["'yes'", "belongs to no option"]),
+        (["demo", "--agian"], ["--agian", "the nearest is --again"]),
+        (["demo", "-q"], ["-q", "unknown option"]),
+        (["judge", "exprt"], ["judge exprt", "judge export"]),
+        (["judge", "export"], ["WORKDIR", "0 given"]),
+        (["judge", "export", "nowhere", "--top", "ten"], ["--top ten", "a whole number"]),
+        (["judge", "import", "nowhere", "a.json"], ["nowhere", "no audit.json"]),
+        (["watch", "--every", "soon", "x"], ["--every soon", "a number"]),
+        (["train", "--data.duplicates", "3"], ["--data.duplicates 3", "pairs such as 3 10"]),
+        (["train", "--data.duplicates", "3", "x"], ["'x'", "pairs such as 3 10"]),
+        (["train", "--data.flip", "maybe"], ["--data.flip maybe", "True or False"]),
+        (["train", "--net.mults", "1", "b"], ["'b'", "a whole number"]),
+        (["train", "--train.steps", "5", "6"], ["'6'", "belongs to no option"]),
+        (["train", "--train.lr", "1e-3e"], ["--train.lr 1e-3e", "a number"]),
+        (["train", "--train.steps", "5"], ["is missing", "--config"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_command_lines_that_cannot_be_read(arguments, words, capsys):
+    """In our own words, with nothing of the parser's boxes or Python's types."""
+    line = refused(capsys, *arguments)
+    for word in words:
+        assert word in line
+    for leak in ("│", "╭", "§", "<class", "int()", "NoneType", "Expected"):
+        assert leak not in line
+
+
+def test_numbers_are_read_as_python_reads_them():
+    for text in ("1e-3", "-2", ".5", "+3.", "1_000.5", "inf", "-inf", "nan", "NaN", "1E4"):
+        made = parse(commands.WatchArgs, ["x", "--every", text], "mdiff watch", flags=True)
+        assert made.every == pytest.approx(float(text), nan_ok=True)
 
 
 def test_overrides_reach_the_config():
     made = parse(
-        cli.TrainArgs,
+        commands.TrainArgs,
         ["--config", "x.py", "--workdir", "w", "--train.steps", "7", "--net.mults", "1", "2",
          "--data.duplicates", "3", "10", "5", "2", "--data.flip", "True", "--train.log-every", "9"],
         "mdiff train",

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from rich.console import Console
 
 from mdiff import config as configs
 from mdiff.errors import UserError
+from mdiff.probes import records
 from mdiff.probes.audit import audit as run_audit
 from mdiff.probes.audit import save
-from mdiff.report import figures, words
+from mdiff.report import explore, figures, words
 from mdiff.report.collect import Run, read_run
-from mdiff.report.page import terminal_table, write_report
+from mdiff.report.page import probe_tables, terminal_table, write_report
 from mdiff.types import Estimate
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -131,7 +133,7 @@ def make(
 class Page(HTMLParser):
     """Tags, attributes and text; fails on a tag closed out of order."""
 
-    VOID = frozenset({"meta", "link", "img", "br"})
+    VOID = frozenset({"meta", "link", "img", "br", "input"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -440,15 +442,35 @@ def test_terminal_table_has_every_number(tmp_path: Path) -> None:
 # The page
 
 
+def assert_only_our_script(html: str, page: Page) -> None:
+    """One inlined script, which the page's policy names by its hash, and one element of data."""
+    assert [attrs.get("type") for attrs in page.all("script")] == ["application/json", None]
+    code = re.findall(r"<script>(.*?)</script>", html, re.S)
+    assert len(code) == 1
+    digest = base64.b64encode(hashlib.sha256(code[0].encode()).digest()).decode()
+    policy = next(attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+
+
+def embedded(tmp_path: Path) -> dict[str, Any]:
+    """The data in the page."""
+    html = (tmp_path / "out" / "report.html").read_text()
+    return json.loads(re.findall(r'id="data">(.*?)</script>', html, re.S)[0])
+
+
 def test_page_is_self_contained_and_accessible(tmp_path: Path) -> None:
     _, page = report(tmp_path, {"a": make(tmp_path / "a"), "b": make(tmp_path / "b", AMBIENT)})
     html = (tmp_path / "out" / "report.html").read_text()
     assert len(html.encode()) < 3e6
-    assert not page.all("script")
+    assert_only_our_script(html, page)
     for _, attrs in page.tags:
         for name in ("src", "href"):
             assert (attrs.get(name) or "data:").startswith("data:")
     assert "url(" not in html.split("</style>")[0]
+    assert not re.search(r"\b(fetch|XMLHttpRequest|import)\b *\(", html.split("</main>")[1])
     assert "@import" not in html
     images = page.all("img")
     assert len(images) > 20
@@ -496,7 +518,8 @@ def test_names_are_inert(tmp_path: Path, name: str) -> None:
     tree, page = report(tmp_path, {name: make(tmp_path / "a", drop=("curves", "ratio", "control_ratio"))})
     assert tree["runs"][0] == name
     assert name in page.text
-    assert not page.all("script")
+    assert_only_our_script((tmp_path / "out" / "report.html").read_text(), page)
+    assert embedded(tmp_path)["runs"][0]["name"] == name
     assert "bold" not in page.words  # as it would be, were <b> a tag
 
 
@@ -505,8 +528,8 @@ def test_figures_show_the_control_only_when_there_is_one(tmp_path: Path) -> None
     with_control, without = (figures.similarity([run], space, "ams") for space in ("cosine", "rms"))
     assert with_control is not None
     assert without is not None
-    assert with_control.count("stroke-dasharray") == 2  # the curve, and its entry in the legend
-    assert without.count("stroke-dasharray") == 0
+    assert with_control.svg.count("stroke-dasharray") == 2  # the curve, and its entry in the legend
+    assert without.svg.count("stroke-dasharray") == 0
     assert figures.similarity([run], "absent", "ams") is None
 
 
@@ -533,6 +556,198 @@ def test_reads_what_the_audit_saves(tmp_path: Path) -> None:
     assert sorted(top) == list(range(6))
     for heading in ("Similarity to the nearest image", "Distance to the nearest image", "Limits"):
         assert heading in page.text
+
+
+# What can be moved, filtered and sorted
+
+
+def test_sliders_hold_the_numbers_of_the_audit(tmp_path: Path) -> None:
+    """Every mark is the number in audit.json, every text the same number, every count right."""
+    rng = np.random.default_rng(0)
+    train, heldout = rng.integers(0, 256, (2, 12, 8, 8, 1), dtype=np.uint8)
+    runs = {}
+    for name, copies in (("a", 6), ("b", 2)):
+        fresh = rng.integers(0, 256, (16 - copies, 8, 8, 1), dtype=np.uint8)
+        generated = np.concatenate([train[:copies], fresh])
+        save(run_audit(generated, train, heldout, configs.Audit(bootstrap=20)), tmp_path / name)
+        runs[name] = tmp_path / name
+    _, page = report(tmp_path, runs)
+    sliders = embedded(tmp_path)["sliders"]
+    assert set(sliders) == {"ratio", "cosine", "rms"}
+    for space in ("cosine", "rms"):
+        slider = sliders[space]
+        for row in slider["rows"]:
+            tree = json.loads((runs["ab"[row["run"]]] / "audit.json").read_text())["curves"][space]
+            curve = tree[{"training images": "train", "held-out images": "heldout"}[row["side"]]]
+            assert slider["at"] == curve["tau"]
+            assert row["marks"][f"{space}-ams"] == curve["ams"]
+            assert row["marks"][f"{space}-ums"] == curve["ums"]
+            assert row["n"] == 16
+            for k in range(len(slider["at"])):
+                low, high = (f"{100 * curve[f'ams_{end}'][k]:.1f}" for end in ("low", "high"))
+                shown = f"{100 * curve['ams'][k]:.1f} % [{low}, {high}]"
+                assert row["cells"][0][k].replace(NBSP, " ") == shown
+                assert row["cells"][2][k] == str(int(curve["unique"][k]))
+    slider = sliders["ratio"]
+    assert slider["text"][slider["start"]] == "1/3"
+    for row in slider["rows"]:
+        with np.load(runs["ab"[row["run"]]] / "audit.npz") as arrays:
+            values = arrays["ratio" if row["side"] == "training images" else "control_ratio"]
+        for cut, share in zip(slider["at"], row["marks"]["ratio"], strict=True):
+            assert share == sum(value < cut for value in values) / 16
+    by_run = {(row["run"], row["side"]): row["marks"]["ratio"][slider["start"]] for row in slider["rows"]}
+    assert by_run == {
+        (0, "training images"): 6 / 16, (0, "held-out images"): 0,
+        (1, "training images"): 2 / 16, (1, "held-out images"): 0,
+    }  # fmt: skip
+    assert "training images37.5 % [18.5, 61.4]16" in page.text  # as it stands before the script runs
+
+
+def test_marks_lie_on_the_curve(tmp_path: Path) -> None:
+    """The recorded place of the axes maps (τ, value) to the end of the drawn curve, in the SVG's own points."""
+    run = read_run("a", make(tmp_path / "a", drop=("control_ratio",)))
+    plot = figures.similarity([run], "rms", "ams")  # from (0.3, 0.2) over (0.6, 0.9) to (0.9, 1)
+    assert plot is not None
+    _, _, width, height = map(float, re.findall(r'viewBox="([^"]+)"', plot.svg)[0].split())
+    left, right, bottom, top = plot.box
+    expected = [
+        (
+            width * (left + (right - left) * (x - plot.x[0]) / (plot.x[1] - plot.x[0])),
+            height * (1 - bottom - (top - bottom) * (y - plot.y[0]) / (plot.y[1] - plot.y[0])),
+        )
+        for x, y in ((0.3, 0.2), (0.6, 0.9), (0.9, 1.0))
+    ]
+    paths = re.findall(r'<path d="([^"]+)"', plot.svg)
+    drawn = [
+        np.array([pair.split() for pair in re.findall(r"[-\d.]+ [-\d.]+", path)], float)
+        for path in paths
+        if path.count("L") == 2
+    ]
+    assert any(line.shape == (3, 2) and np.allclose(line, expected, atol=0.1) for line in drawn)
+
+
+def test_every_generation_is_on_the_page(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", drop=("curves", "metrics.jsonl"))
+    _, page = report(tmp_path, {"a": folder})
+    run = embedded(tmp_path)["runs"][0]
+    pairs = run["pairs"]
+    assert pairs["total"] == 40
+    assert pairs["index"] == list(range(39, -1, -1))  # the ratio falls with the index
+    with np.load(folder / "audit.npz") as arrays:
+        np.testing.assert_allclose(pairs["ratio"], arrays["ratio"][::-1], rtol=1e-3)
+        np.testing.assert_allclose(pairs["d1"], arrays["d1"][::-1], rtol=1e-3)
+        assert pairs["memorized"] == [int(x) for x in arrays["memorized"][::-1]]
+        assert pairs["id"] == (arrays["nearest_id"][::-1]).tolist()
+    assert pairs["mirrored"] == [1] + [0] * 39
+    assert "cosine" not in pairs  # an older audit without it
+    assert run["pictures"] == {}  # all six are on the page already
+    assert [attrs["data-index"] for attrs in page.all("li") if "data-index" in attrs][:4] == [
+        "39", "35", "30", "20",
+    ]  # fmt: skip
+
+
+def test_pictures_beyond_the_static_ones_come_with_the_data(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    train, heldout, generated = rng.integers(0, 256, (3, 70, 4, 4, 1), dtype=np.uint8)
+    result = run_audit(generated, train, heldout, configs.Audit(bootstrap=20))
+    save(replace(result, curves={}), tmp_path / "a")
+    _, page = report(tmp_path, {"a": tmp_path / "a"})
+    shown = {attrs["data-index"] for attrs in page.all("li") if "data-index" in attrs}
+    more = embedded(tmp_path)["runs"][0]["pictures"]
+    assert not shown & set(more)
+    with np.load(tmp_path / "a" / "audit.npz") as arrays:
+        stored = {str(i) for i in [*arrays["top_index"], *arrays["random_index"]]}
+        assert shown | set(more) == stored
+        index = int(next(iter(more)))
+        kind = "top" if index in arrays["top_index"] else "random"
+        place = list(arrays[f"{kind}_index"]).index(index)
+        for uri, part in zip(more[str(index)], ("generated", "nearest"), strict=True):
+            pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+            np.testing.assert_array_equal(pixels, arrays[f"{kind}_{part}"][place][..., 0])
+
+
+def test_rows_on_the_page_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explore, "ROWS", 5)
+    pairs = explore.pairs(read_run("a", make(tmp_path / "a")))
+    assert pairs is not None
+    assert (pairs["total"], pairs["index"]) == (40, [39, 38, 37, 36, 35])
+
+
+def test_controls_wait_for_the_script(tmp_path: Path) -> None:
+    """Without JavaScript nothing is shown that does nothing, and sorting has numbers to sort by."""
+    drop = ("curves", "metrics.jsonl")
+    runs = {"a": make(tmp_path / "a", drop=drop), "b": make(tmp_path / "b", AMBIENT, drop=drop)}
+    _, page = report(tmp_path, runs)
+    for attrs in page.all("form"):
+        assert "hidden" in attrs
+        assert "data-js" in attrs
+    assert all("hidden" in attrs for attrs in page.all("button") if attrs.get("class") == "more")
+    tables = [attrs for attrs in page.all("table") if "sortable" in str(attrs.get("class"))]
+    assert len(tables) >= 2
+    sort = [attrs["data-sort"] for attrs in page.all("td") if "data-sort" in attrs]
+    assert sort[:2] == ["0.7616", "0.0"]
+    assert "@media print" in (tmp_path / "out" / "report.html").read_text()
+
+
+# Probes
+
+
+def probe(name: str = "yields", value: float | None = 0.25, **more: Any) -> records.ProbeResult:
+    number = None if value is None else Estimate(value, value - 0.05, value + 0.05, 40)
+    return records.ProbeResult(
+        probe=name,
+        title="How <many>",
+        space="pixels",
+        rows=[
+            records.Measure("rate", "a rate", number, "%", "lower", "says this; not that"),
+            records.Measure("count", "images", Estimate(12.0, float("nan"), float("nan"), 40), "images"),
+            records.Measure("gone", "class rate", None, "%", "", "one class is missing"),
+        ],
+        tables=[records.Table("By class", ["class", "n", "rate"], [["dog", 1200, 0.5], ["cat", 3, None]])],
+        curves=[records.Curve("Growth", "generations", [1.0, 2.0], [records.Series("seen", [1.0, 2.0])])],
+        notes=["a limit"],
+        **more,
+    )
+
+
+def test_probes_are_sections_with_the_runs_side_by_side(tmp_path: Path) -> None:
+    runs = {name: make(tmp_path / name, drop=LEAN) for name in ("a", "b", "c")}
+    records.save(probe(), runs["a"])
+    records.save(probe(value=None), runs["b"])
+    tree, page = report(tmp_path, runs)
+    html = (tmp_path / "out" / "report.html").read_text()
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    for part in (
+        "How &lt;many&gt; Measured in: pixels. Not run for c.",
+        "A rate 25.0 % [20.0, 30.0] n = 40 absent – Says this; not that. Lower is better.",
+        "Images 12.0 images no interval n = 40 12.0 images no interval n = 40 –",
+        "Class rate absent absent – One class is missing.",
+        "By class run class n rate a dog 1,200 0.500 a cat 3 – b dog 1,200 0.500 b cat 3 –",
+        "A limit.",
+    ):
+        assert text.count(part) == 1, part
+    assert sum(attrs.get("alt") == "Growth" for attrs in page.all("img")) == 1
+    entry = tree["a"]["probes"]["yields"]
+    assert entry["measures"][0] == {
+        "key": "rate", "label": "a rate", "value": 0.25, "low": 0.2, "high": 0.3, "n": 40,
+        "unit": "%", "better": "lower", "note": "says this; not that",
+    }  # fmt: skip
+    assert entry["measures"][1]["low"] is None
+    assert entry["curves"][0]["series"][0]["y"] == [1.0, 2.0]
+    assert tree["c"]["probes"] == {}
+    console = Console(width=100, record=True, file=io.StringIO())
+    for table in probe_tables(tree):
+        console.print(table)
+    shown = console.export_text().replace(NBSP, " ")
+    assert "25.0 % [20.0, 30.0] (n = 40)" in shown
+    assert "absent" in shown
+
+
+def test_damaged_probe_results_are_named(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", drop=LEAN)
+    path = records.save(probe(), folder)
+    path.write_text(path.read_text()[:50])
+    refuse(tmp_path, {"a": folder}, str(path), "not JSON")
 
 
 # metrics.jsonl

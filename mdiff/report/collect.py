@@ -12,7 +12,7 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import numpy as np
 
 from mdiff.errors import UserError
 from mdiff.files import strict
+from mdiff.probes import records, verdicts
+from mdiff.probes.records import ProbeResult
 from mdiff.probes.results import FORMAT
 from mdiff.train import metrics
 from mdiff.types import Estimate
@@ -43,6 +45,7 @@ class Run:
       points: rows {"step", "memorized", "memorized_low", …} measured while training, by step.
       ledger: `ledger.json` (empty when there is none).
       evaluation: `evaluation.json`: step sampled, how, versions (empty when there is none).
+      probes: every `probe_NAME.json`, by name.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Run:
     points: list[dict[str, Any]]
     ledger: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, ProbeResult] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -114,18 +118,25 @@ def read_run(name: str, folder: Path) -> Run:
     if not isinstance(entries, Mapping) or entries.get("memorized") is None:
         raise UserError(f"{folder / 'audit.json'}: no estimate 'memorized'; {remedy}")
     losses, points = _read_metrics(folder / "metrics.jsonl")
+    arrays = _read_arrays(folder / "audit.npz", audit.get("arrays"), remedy)
+    probes = records.load_all(folder)
+    if "verdicts" in probes and not verdicts.belongs(probes["verdicts"], audit.get("digests") or {}, arrays):
+        del probes["verdicts"]
+        left_out = "the human verdicts here are about an earlier audit and left out: judge this one"
+        audit["notes"] = [*(audit.get("notes") or []), left_out]
     return Run(
         name=name,
         folder=folder,
         audit=audit,
         estimates={k: found for k, v in entries.items() if (found := _estimate(folder, k, v, remedy))},
-        arrays=_read_arrays(folder / "audit.npz", audit.get("arrays"), remedy),
+        arrays=arrays,
         record=_read_json(folder / "config.json"),
         subset=_read_json(folder / "subset.json"),
         losses=losses,
         points=points,
         ledger=_read_json(folder / "ledger.json"),
         evaluation=_read_json(folder / "evaluation.json"),
+        probes=probes,
     )
 
 
@@ -146,6 +157,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "percentiles": run.audit.get("percentiles"),
         "feature": run.audit.get("feature"),
         "notes": run.audit.get("notes") or [],
+        "probes": {name: probe_json(found) for name, found in run.probes.items()},
         "digest": run.record.get("digest"),
         "config": {
             "source": run.setting("data.source"),
@@ -165,6 +177,29 @@ def as_json(run: Run) -> dict[str, Any]:
             run.losses + points,
             key=lambda row: row["step"],
         ),
+    }
+
+
+def probe_json(found: ProbeResult) -> dict[str, Any]:
+    """A probe's result as its file has it, without what only says how it is stored."""
+    absent = dict.fromkeys(("value", "low", "high", "n"))
+    return {
+        "title": found.title,
+        "space": found.space,
+        "measures": [
+            {"key": row.key, "label": row.label}
+            | (absent if row.estimate is None else _plain(row.estimate))
+            | {"unit": row.unit, "better": row.better, "note": row.note}
+            for row in found.rows
+        ],
+        "tables": [asdict(table) for table in found.tables],
+        "curves": [
+            {"title": curve.title, "x_label": curve.x_label, "x": curve.x}
+            | {"series": [line._asdict() for line in curve.series]}
+            for curve in found.curves
+        ],
+        "notes": found.notes,
+        "config": found.config,
     }
 
 

@@ -1,6 +1,6 @@
-"""The report's figures: SVG text from a `Run`'s arrays, without pyplot and its global state.
+"""The report's figures: SVG from a `Run`'s arrays, without pyplot and its global state.
 
-Each function returns an SVG document, or None when no run has what it shows. Runs differ in colour and
+Each function returns a `Plot`, or None when no run has what it shows. Runs differ in colour and
 marker (Okabe–Ito colours, safe for colour-blind readers); training against held-out is solid against
 dashed, everywhere.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from mdiff.probes.records import Curve
 from mdiff.report.collect import Run
 from mdiff.report.words import bounded, fraction, thresholds
 
@@ -26,7 +27,24 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6D00", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK, _GRID = "#333d47", "#d9dfe4"
 _CONTROL = ("#555555", "--", "held-out control")
+_DASHES = ("-", "--", ":", "-.")
 _POINTS = 400  # more points than a panel has pixels only make the page heavy
+
+
+class Plot(NamedTuple):
+    """An SVG document, and where its (last) axes lie, so that a page can put marks on it.
+
+    Attributes:
+      svg: the document.
+      box: left, right, bottom, top of the axes as shares of the picture, from its lower left corner.
+      x: data at the left and right end of the axes.
+      y: data at their bottom and top.
+    """
+
+    svg: str
+    box: tuple[float, float, float, float]
+    x: tuple[float, float]
+    y: tuple[float, float]
 
 
 def color(index: int) -> str:
@@ -34,7 +52,7 @@ def color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def rates(runs: Sequence[Run]) -> str | None:
+def rates(runs: Sequence[Run]) -> Plot | None:
     """Memorized fraction and control of every run, with their intervals, on one axis."""
     rows = [
         (f"{run.name}, {label}", run.estimates[name], i, name == "memorized")
@@ -45,7 +63,7 @@ def rates(runs: Sequence[Run]) -> str | None:
     return _whiskers(rows, "share of generations", percent=True)
 
 
-def energies(runs: Sequence[Run]) -> str | None:
+def energies(runs: Sequence[Run]) -> Plot | None:
     """Energy distance of every run with its interval, and the floor."""
     rows = []
     for i, run in enumerate(runs):
@@ -58,7 +76,7 @@ def energies(runs: Sequence[Run]) -> str | None:
     return _whiskers(rows, "energy distance (lower is better)", percent=False)
 
 
-def training(runs: Sequence[Run]) -> str | None:
+def training(runs: Sequence[Run]) -> Plot | None:
     """Loss over step, and below it on the same axis the memorized fraction with its interval."""
     has_loss, has_points = any(run.losses for run in runs), any(run.points for run in runs)
     if not has_loss and not has_points:
@@ -77,7 +95,7 @@ def training(runs: Sequence[Run]) -> str | None:
         return _svg(figure)
 
 
-def similarity(runs: Sequence[Run], space: str, kind: str) -> str | None:
+def similarity(runs: Sequence[Run], space: str, kind: str) -> Plot | None:
     """AMS or UMS over the threshold, training solid with its band, held-out dashed.
 
     Args:
@@ -111,7 +129,7 @@ def similarity(runs: Sequence[Run], space: str, kind: str) -> str | None:
         return _svg(figure)
 
 
-def ratios(runs: Sequence[Run]) -> str | None:
+def ratios(runs: Sequence[Run]) -> Plot | None:
     """Cumulative share of generations over d(nearest)/d(second nearest), with the threshold."""
     drawn = [(i, run) for i, run in enumerate(runs) if run.arrays.get("ratio") is not None]
     if not drawn:
@@ -137,6 +155,36 @@ def ratios(runs: Sequence[Run]) -> str | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("ratio: distance to the nearest / to the second nearest image")
         axes.set_ylabel("generations with a ratio below")
+        _legend(axes, entries)
+        return _svg(figure)
+
+
+def probe_curve(curves: Sequence[tuple[int, str, Curve]]) -> Plot | None:
+    """One curve of a probe, for several runs: runs differ in colour, lines of a run in dash.
+
+    Args:
+      curves: (run number, run name, curve), all of one title.
+    """
+    with matplotlib.rc_context(_style()):
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        axes = figure.subplots()
+        lines = list(dict.fromkeys(line.name for *_, curve in curves for line in curve.series))
+        for i, _, curve in curves:
+            for line in curve.series:
+                x, y = np.asarray(curve.x, np.float64), np.asarray(line.y, np.float64)
+                dash = _DASHES[lines.index(line.name) % len(_DASHES)]
+                marker = MARKERS[i % len(MARKERS)] if np.isfinite(y).sum() == 1 else ""
+                axes.plot(x, y, dash, marker=marker, color=color(i), lw=1.6)
+                if line.low is not None and line.high is not None:
+                    low, high = (np.asarray(end, np.float64) for end in (line.low, line.high))
+                    axes.fill_between(x, low, high, color=color(i), alpha=0.15, lw=0)
+        if not axes.has_data():
+            return None
+        entries = [(color(i), "-", name) for i, name, _ in curves] if len(curves) > 1 else []
+        if len(lines) > 1 or not entries:
+            ink = _INK if entries else color(curves[0][0])
+            entries += [(ink, _DASHES[k % len(_DASHES)], name) for k, name in enumerate(lines)]
+        axes.set_xlabel(curves[0][2].x_label)
         _legend(axes, entries)
         return _svg(figure)
 
@@ -190,7 +238,7 @@ def _points(axes: Axes, runs: Sequence[Run]) -> None:
     axes.set_ylabel("memorized")
 
 
-def _whiskers(rows: Sequence[tuple[str, Any, int, bool]], label: str, percent: bool) -> str | None:
+def _whiskers(rows: Sequence[tuple[str, Any, int, bool]], label: str, percent: bool) -> Plot | None:
     if not rows:
         return None
     with matplotlib.rc_context(_style()):
@@ -279,9 +327,13 @@ def _style() -> Any:
     }
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure) -> Plot:
     FigureCanvasSVG(figure)
     stream = io.StringIO()
     # No date in the file: the same results give the same page.
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+    axes = figure.axes[-1]
+    place = axes.get_position()  # after drawing: the layout is made then
+    left, right, bottom, top = (round(float(x), 5) for x in (place.x0, place.x1, place.y0, place.y1))
+    x, y = (tuple(float(end) for end in ends) for ends in (axes.get_xlim(), axes.get_ylim()))
+    return Plot(stream.getvalue(), (left, right, bottom, top), (x[0], x[1]), (y[0], y[1]))

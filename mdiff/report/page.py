@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
@@ -18,8 +17,10 @@ from mdiff.errors import UserError
 from mdiff.files import strict, write_text
 from mdiff.probes import results
 from mdiff.probes.compare import compare
-from mdiff.report import figures, views, words
-from mdiff.report.collect import Run, as_json, read_run
+from mdiff.probes.records import ProbeResult
+from mdiff.report import explore, figures, probed, views, words
+from mdiff.report.collect import Run, as_json, probe_json, read_run
+from mdiff.report.html import embedded_json, environment, read_asset, script
 from mdiff.types import Estimate
 
 RESERVED = {"title", "seconds", "peak_rss_gb", "versions", "runs", "run", "verdict", "differences", "extra"}
@@ -82,6 +83,36 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def probe_tables(report: Mapping[str, Any]) -> list[Table]:
+    """The numbers of every probe in `report.json`, one table per probe.
+
+    Args:
+      report: what `write_report` returned.
+    """
+    entries = [report[name]["probes"] for name in report["runs"]]
+    tables = []
+    for probe in dict.fromkeys(name for entry in entries for name in entry):
+        known = [entry.get(probe) for entry in entries]
+        title = next(tree["title"] for tree in known if tree is not None)
+        table = Table(title=Text(title), title_justify="left")
+        table.add_column("")
+        for name in report["runs"]:
+            table.add_column(Text(name), justify="right")
+        columns = [{} if tree is None else probed.from_json(tree) for tree in known]
+        labels = {key: label for column in columns for key, (label, _) in column.items()}
+        for key, label in labels.items():
+            table.add_row(
+                Text(label), *(Text(column[key][1] if key in column else "–") for column in columns)
+            )
+        tables.append(table)
+    return tables
+
+
+def probe_table(found: ProbeResult) -> Table:
+    """The numbers of one probe's result."""
+    return probe_tables({"runs": [""], "": {"probes": {found.probe: probe_json(found)}}})[0]
+
+
 def _paired(runs: Mapping[str, Path]) -> dict[str, dict[str, Estimate]]:
     """Paired differences of every run to the first; a run that cannot be paired with it is left out."""
     first, *others = ((name, Path(folder)) for name, folder in runs.items())
@@ -124,45 +155,58 @@ def _report(
 
 
 def _html(runs: Sequence[Run], report: Mapping[str, Any]) -> str:
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = [views.run_view(run, i, report[run.name]) for i, run in enumerate(runs)]
     curves = views.curve_figures(runs)
     levels = sorted({level for run in runs if (level := words.level(run))})
-    return environment.get_template("page.html").render(
-        report=report,
-        css=Markup((here / "page.css").read_text(encoding="utf-8")),
-        runs=shown,
-        rows=views.table(runs, report),
-        differences=views.differences(report),
-        level=levels[0] + " " if len(levels) == 1 else "",
-        feature=", ".join(sorted({str(run.audit["feature"]) for run in runs if run.audit.get("feature")})),
-        glance=views.embedded(
-            (
-                "Memorized fraction and control with intervals; the numbers are in the table",
-                figures.rates(runs),
+    sliders = explore.sliders(runs)
+    data = {
+        "runs": [
+            {"name": run.name, "color": figures.color(i), "pairs": explore.pairs(run)}
+            | {"pictures": views.stored_pictures(run)}
+            for i, run in enumerate(runs)
+        ],
+        "sliders": sliders,
+    }
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            report=report,
+            css=Markup(read_asset("page.css")),
+            code=script(read_asset("page.js")),
+            data=embedded_json(strict(data)),
+            sliders=explore.view(runs, sliders),
+            bound=explore.ROWS,
+            probes=probed.sections(runs),
+            runs=shown,
+            rows=views.table(runs, report),
+            differences=views.differences(report),
+            level=levels[0] + " " if len(levels) == 1 else "",
+            feature=", ".join(
+                sorted({str(run.audit["feature"]) for run in runs if run.audit.get("feature")})
             ),
-            ("Energy distance with intervals; the numbers are in the table", figures.energies(runs)),
-        ),
-        pictures=any(view["top"] or view["random"] for view in shown),
-        has_top=any(view["top"] for view in shown),
-        has_random=any(view["random"] for view in shown),
-        ratio_rule=" and ".join(words.fraction(cut) for cut in words.thresholds(runs)),
-        curves=curves,
-        has_curves=any(curves.values()),
-        spaces=views.SPACES,
-        comparable_losses=len({json.dumps(run.config.get("loss"), sort_keys=True) for run in runs}) == 1,
-        notes=views.notes(runs),
-        provenance=views.provenance(runs, report),
-        provenance_by_run=views.provenance_by_run(runs, report),
-        seconds=views.seconds(runs),
-        version=__version__,
+            glance=views.embedded(
+                (
+                    "",
+                    "Memorized fraction and control with intervals; the numbers are in the table",
+                    figures.rates(runs),
+                ),
+                ("", "Energy distance with intervals; the numbers are in the table", figures.energies(runs)),
+            ),
+            pictures=any(view["top"] or view["random"] for view in shown),
+            has_top=any(view["top"] for view in shown),
+            has_random=any(view["random"] for view in shown),
+            ratio_rule=" and ".join(words.fraction(cut) for cut in words.thresholds(runs)),
+            curves=curves,
+            has_curves=any(curves.values()),
+            spaces=views.SPACES,
+            comparable_losses=len({json.dumps(run.config.get("loss"), sort_keys=True) for run in runs}) == 1,
+            notes=views.notes(runs),
+            provenance=views.provenance(runs, report),
+            provenance_by_run=views.provenance_by_run(runs, report),
+            seconds=views.seconds(runs),
+            version=__version__,
+        )
     )
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from mdiff.report import figures, words
+from mdiff.report import figures, probed, words
 from mdiff.report.collect import Run
+from mdiff.report.html import data_uri, encode
 from mdiff.types import Estimate
 
 _ROWS = {"top": 24, "random": 12}
@@ -66,6 +64,7 @@ def table(runs: Sequence[Run], report: Mapping[str, Any]) -> list[dict[str, Any]
                     "value": words.shown(found, about.kind)[0],
                     "interval": words.shown(found, about.kind)[1],
                     "n": f"n = {found.n:,}",
+                    "sort": found.value,
                 }
             )
         label = about.label
@@ -102,6 +101,7 @@ def run_view(run: Run, index: int, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the template needs of one run."""
     return {
         "name": run.name,
+        "number": index,
         "color": figures.color(index),
         "facts": _facts(run, entry),
         "top": _pictures(run, "top"),
@@ -152,7 +152,7 @@ def _facts(run: Run, entry: Mapping[str, Any]) -> str:
 def _pictures(run: Run, kind: str) -> list[dict[str, Any]]:
     """Pairs (generated, nearest) with their numbers; "top" by ratio, smallest first."""
     arrays = run.arrays
-    if not all(f"{kind}_{part}" in arrays for part in ("generated", "nearest", "index")):
+    if not _has_pictures(run, kind):
         return []
     index = arrays[f"{kind}_index"].astype(int)
     ratio, d1, copied = (_rows(arrays.get(name), index) for name in ("ratio", "d1", "memorized"))
@@ -162,8 +162,8 @@ def _pictures(run: Run, kind: str) -> list[dict[str, Any]]:
         order = np.argsort(ratio, kind="stable")
     return [
         {
-            "generated": _data_uri(arrays[f"{kind}_generated"][i]),
-            "nearest": _data_uri(arrays[f"{kind}_nearest"][i]),
+            "generated": data_uri(arrays[f"{kind}_generated"][i], _LARGE, _SMALL),
+            "nearest": data_uri(arrays[f"{kind}_nearest"][i], _LARGE, _SMALL),
             "distance": None if d1 is None else words.distance(float(d1[i])),
             "ratio": None if ratio is None else words.distance(float(ratio[i])),
             "copied": bool(copied[i]) if copied is not None else None,
@@ -176,45 +176,57 @@ def _pictures(run: Run, kind: str) -> list[dict[str, Any]]:
     ]
 
 
+def _has_pictures(run: Run, kind: str) -> bool:
+    return all(f"{kind}_{part}" in run.arrays for part in ("generated", "nearest", "index"))
+
+
 def _rows(values: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
     if values is None or (len(index) and index.max() >= len(values)):
         return None
     return values[index]
 
 
-def _data_uri(image: np.ndarray) -> str:
-    """uint8 [H,W,C] as a data URI: PNG pixel for pixel when small, a shrunk JPEG when not."""
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    stream = io.BytesIO()
-    if max(picture.size) <= _SMALL:
-        picture.save(stream, "PNG", optimize=True)
-        return _encode("image/png", stream.getvalue())
-    picture.thumbnail((_LARGE, _LARGE))
-    picture.save(stream, "JPEG", quality=85)
-    return _encode("image/jpeg", stream.getvalue())
+def stored_pictures(run: Run) -> dict[str, list[str]]:
+    """Pictures of the audit that `run_view` does not show: generation number to [generated, nearest]."""
+    found: dict[str, list[str]] = {}
+    shown = {item["index"] for kind in _ROWS for item in _pictures(run, kind)}
+    for kind in _ROWS:
+        if not _has_pictures(run, kind):
+            continue
+        arrays = (run.arrays[f"{kind}_{part}"] for part in ("index", "generated", "nearest"))
+        for index, generated, nearest in zip(*arrays, strict=True):
+            if int(index) not in shown:
+                found.setdefault(str(index), [data_uri(x, _LARGE, _SMALL) for x in (generated, nearest)])
+    return found
 
 
-def _encode(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def embedded(*named: tuple[str, str | None]) -> list[dict[str, str]]:
+def embedded(*named: tuple[str, str, figures.Plot | None]) -> list[dict[str, Any]]:
+    """Figures for the template: (name of its marks, text for who cannot see it, plot)."""
     return [
-        {"alt": alt, "uri": _encode("image/svg+xml", svg.encode())} for alt, svg in named if svg is not None
+        {
+            "alt": alt,
+            "uri": encode("image/svg+xml", plot.svg.encode()),
+            "marks": marks,
+            "place": json.dumps({"box": plot.box, "x": plot.x, "y": plot.y}),
+        }
+        for marks, alt, plot in named
+        if plot is not None
     ]
 
 
-def curve_figures(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
+def curve_figures(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     return {
-        "training": embedded(("Loss and memorized fraction over training steps", figures.training(runs))),
-        "ratio": embedded(("Cumulative distribution of the distance ratio", figures.ratios(runs))),
+        "training": embedded(("", "Loss and memorized fraction over training steps", figures.training(runs))),
+        "ratio": embedded(("ratio", "Cumulative distribution of the distance ratio", figures.ratios(runs))),
         **{
             space: embedded(
                 (
+                    f"{space}-ams",
                     f"Generations with a match over the {space} threshold",
                     figures.similarity(runs, space, "ams"),
                 ),
                 (
+                    f"{space}-ums",
                     f"Distinct images matched over the {space} threshold",
                     figures.similarity(runs, space, "ums"),
                 ),
@@ -226,14 +238,7 @@ def curve_figures(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
 
 def notes(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Every note once, with the names of the runs it is about unless that is all of them."""
-    by_text: dict[str, list[str]] = {}
-    for run in runs:
-        for note in run.audit.get("notes") or []:
-            by_text.setdefault(str(note), []).append(run.name)
-    return [
-        {"text": text, "who": "" if len(names) == len(runs) else ", ".join(names)}
-        for text, names in by_text.items()
-    ]
+    return probed.said([(run.name, run.audit.get("notes") or []) for run in runs])
 
 
 def provenance(runs: Sequence[Run], report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -304,7 +309,14 @@ def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             text, interval = words.shown(value, kind)
             shown = "" if value.low <= 0 <= value.high else "not zero"
             rows.append(
-                {"label": PAIRED[name], "value": text, "interval": interval, "n": value.n, "shown": shown}
+                {
+                    "label": PAIRED.get(name, name.replace("_", " ")),
+                    "value": text.replace("%", "points") if kind == "rate" else text,
+                    "interval": interval,
+                    "n": value.n,
+                    "shown": shown,
+                    "sort": value.value,
+                }
             )
         tables.append({"pair": pair, "rows": rows})
     return tables

@@ -1,0 +1,144 @@
+"""What each command takes: one dataclass per command, whose docstrings are its `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mdiff import config
+from mdiff.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """Train a model, or go on training it."""
+
+    config: Path
+    """Experiment file, such as configs/faces.py."""
+    workdir: Path
+    """Folder of the run; an interrupted run in it is resumed."""
+    init_from: Path | None = None
+    """Fine-tune: start from the averaged weights of this run, or of one of its checkpoints/STEP."""
+    fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs:
+    """Sample a trained model and measure the samples against its training images."""
+
+    workdir: Path
+    """Folder of the run."""
+    probes: tuple[str, ...] = ("audit",)
+    """What to measure: audit, similarity, yields, quality. The page is made when the audit is among them."""
+    sample: config.Sample = config.Sample()
+    audit: config.Audit = config.Audit()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs:
+    """Draw generations from a trained model into samples.npz."""
+
+    workdir: Path
+    """Folder of the run."""
+    png: bool = False
+    """Also write every generation as a PNG file into generations/."""
+    sample: config.Sample = config.Sample()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditArgs:
+    """Audit images from any system: what they copy from the training images. Needs no model."""
+
+    generated: Path
+    """Generated images: a folder or an .npz file."""
+    train: Path
+    """Images the system was trained on: a folder or an .npz file."""
+    heldout: Path | None = None
+    """Images from the same source that it was not trained on: the control."""
+    out: Path = Path("runs/audit")
+    """Folder for audit.json, report.html and report.json."""
+    probes: tuple[str, ...] = ("audit",)
+    """What to measure: audit, and beside it similarity, yields, quality."""
+    audit: config.Audit = config.Audit()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArgs:
+    """Write one page from the result files of one or more runs, side by side."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders that hold an audit.json; the others are compared with the first."""
+    workdir: tuple[Path, ...] = ()
+    """More such folders: the same by name."""
+    out: Path | None = None
+    """Folder for report.html and report.json; the run's own folder when there is one run."""
+    title: str = "mdiff report"
+    """Title of the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArgs:
+    """Paired differences between two audited runs (second minus first), with intervals."""
+
+    runs: tyro.conf.Positional[tuple[Path, Path]]
+    """Two folders with an audit.json, sampled with the same seed and number of generations."""
+    out: Path | None = None
+    """Also write the differences to this .json file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchArgs:
+    """Follow runs on the terminal from their files alone, until all are trained (or Ctrl-C)."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs; one that does not exist yet is waited for."""
+    every: float = 2.0
+    """Seconds between looks at the files."""
+    once: bool = False
+    """Print one frame and exit; so it does when the output is not a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeExportArgs:
+    """Write a page on which a person judges the most copy-like pairs, blinded and with control pairs.
+
+    A control pair is a generation beside its nearest held-out image, which it cannot have copied. The page
+    shows neither scores nor which pairs are controls. An audit of folders (`mdiff audit`) stores only the 64
+    most copy-like pairs and no held-out pictures, so its page has those and no controls.
+    """
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder with an audit.json."""
+    top: int | None = None
+    """Pairs with the lowest ratio; 100 when not given, or fewer when there are fewer generations."""
+    controls: int | None = None
+    """Control pairs; half as many as the others when not given."""
+    seed: int = 0
+    """Seed of the order the pairs are shown in."""
+    out: Path | None = None
+    """Folder for judge.html; the run's own when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeImportArgs:
+    """Read the answers of one or more judges: precision of the rule, false alarms, agreement."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder with the audit.json that was judged."""
+    answers: tyro.conf.Positional[tuple[Path, ...]]
+    """Files that the page's button saved, one per judge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArgs:
+    """Train, sample and audit a standard and an ambient twin on the same few faces."""
+
+    out: Path = Path("runs/demo")
+    """Folder for both runs and the page; an interrupted demo in it is resumed."""
+    steps: int | None = None
+    """Training steps of both twins; the demo's own number when not given."""
+    again: bool = False
+    """Start over: delete an earlier demo in the folder first."""
