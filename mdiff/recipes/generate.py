@@ -1,0 +1,110 @@
+"""Generations of a model, in batches that do not change them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from mdiff import config
+from mdiff.files import write_atomically
+from mdiff.keys import keys
+from mdiff.nets.denoiser import Model
+from mdiff.recipes.runs import Experiment, load_params
+from mdiff.sample import guidance, sampler
+from mdiff.train import loop
+from mdiff.train.ledger import Ledger
+from mdiff.types import Array, Params, to_uint8
+
+
+def conditions(model: Model, params: Params, index: Array, vectors: np.ndarray | None = None) -> Array | None:
+    """Conditions of samples `index` [B]: classes, and training vectors [N,V], in turn; None without conditions."""
+    if model.embedding is None:
+        return None
+    entries = {}
+    if model.embedding.classes:
+        entries["label"] = index % model.embedding.classes
+    if model.embedding.vector and vectors is not None:
+        entries["vector"] = jnp.asarray(vectors)[index % len(vectors)]
+    return model.condition(params, entries, n=len(index))
+
+
+def make_generator(
+    model: Model, cfg: config.Sample, vectors: np.ndarray | None = None
+) -> Callable[[Params, Array], Array]:
+    """A jitted `(params, sample index [B]) -> images [B,H,W,C]`; sample i is the same in any batch.
+
+    `vectors` [N,V] are the training images' own, for a model conditioned on them.
+    """
+
+    @jax.jit
+    def generate(params: Params, index: Array) -> Array:
+        denoiser = model.denoiser(params)
+        if cfg.guidance != 1:
+            null, span = model.condition(params, {}, n=1), (cfg.guidance_min, cfg.guidance_max)
+            denoiser = guidance.classifier_free(denoiser, null, cfg.guidance, model.process, *span)
+        cond = conditions(model, params, index, vectors)
+        every = keys(cfg.seed, "sample", index)
+        return sampler.sample(model.process, cfg, denoiser, every, model.shape, cond)
+
+    return generate
+
+
+def batches(n: int, batch: int) -> list[Array]:
+    """Sample indices 0..n-1 in device batches of one size; the last one runs over."""
+    return [jnp.arange(start, start + batch) for start in range(0, n, batch)]
+
+
+def draw(generate: Callable[[Array], Array], n: int, batch: int) -> np.ndarray:
+    """Samples 0..n-1 of `generate(index [B]) -> images [B,H,W,C]` as uint8 [n,H,W,C]."""
+    return np.concatenate([to_uint8(generate(index)) for index in batches(n, batch)])[:n]
+
+
+def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.ndarray:
+    """Draw the configured generations from the newest checkpoint into `folder/samples.npz`.
+
+    Finished batches are kept in `folder/samples/`, so an interrupted call goes on where it was.
+
+    Returns:
+      uint8 [n,H,W,C].
+    """
+    cfg, model = experiment.config, experiment.model
+    params, step = load_params(folder, monitor, ema=cfg.sample.ema)
+    drawn = json.dumps([step, config.digest(cfg), {**config.to_json(cfg.sample), "n": 0}], sort_keys=True)
+    unfinished = folder / "samples" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
+    ledger = Ledger.load(folder / "ledger.json")
+    with ledger.time("sample"):
+        generate = make_generator(model, cfg.sample, experiment.subset.train.vector)
+        parts = []
+        for place, index in enumerate(batches(cfg.sample.n, cfg.sample.batch)):
+            path = unfinished / f"{place:06d}.npy"
+            if not path.is_file():
+                write_atomically(path, functools.partial(np.save, arr=to_uint8(generate(params, index))))
+            parts.append(np.load(path))
+            done = min((place + 1) * cfg.sample.batch, cfg.sample.n)
+            monitor.progress("sample", done, cfg.sample.n, {})
+        images = np.concatenate(parts)[: cfg.sample.n]
+        write_atomically(
+            folder / "samples.npz",
+            lambda temporary: np.savez_compressed(temporary, x=images, id=np.arange(len(images)), step=step),
+        )
+        shutil.rmtree(folder / "samples")
+    ledger.save(folder / "ledger.json")
+    return images
+
+
+def write_pngs(images: np.ndarray, folder: Path) -> None:
+    """uint8 [n,H,W,C] as `folder/000000.png`, …."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, image in enumerate(images):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+            folder / f"{place:06d}.png"
+        )

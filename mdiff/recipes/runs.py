@@ -1,0 +1,122 @@
+"""A run: its config, its data and its model made, and its weights loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from mdiff import config
+from mdiff.data import augment, source
+from mdiff.data.split import Subset, load_subset, split
+from mdiff.errors import UserError
+from mdiff.features import spaces
+from mdiff.nets.denoiser import Model, make_model
+from mdiff.objectives import ambient
+from mdiff.objectives.denoise import check_model
+from mdiff.process import laws
+from mdiff.sample import guidance, sampler
+from mdiff.train import checkpoint, loop, mesh, optim, snapshots, state, workdir
+from mdiff.types import Params
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config with everything it describes made, and nothing yet run."""
+
+    config: config.Config
+    subset: Subset
+    model: Model
+
+
+def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
+    """Load the data and build the model; the place where a config's mistakes surface.
+
+    Args:
+      cfg: the experiment.
+      record: a run's `subset.json`: take the images it names and check their hashes, instead of drawing.
+
+    Raises:
+      UserError: the first field that is out of range or does not fit the data or the record.
+    """
+    laws.check(cfg.process)
+    ambient.check(cfg.loss, cfg.process)
+    state.check(cfg.train)
+    sampler.check(cfg.sample)
+    guidance.check(cfg.sample, cfg.net)
+    spaces.check(cfg.audit)
+    augment.check(cfg.data)
+    images = source.load(cfg.data.source, cfg.data.size, split=cfg.data.split, reading=cfg.data.reading)
+    model = make_model(cfg, images.x.shape[-1])
+    check_model(model, cfg)
+    subset = split(cfg.data, images) if record is None else load_subset(record, images)
+    if cfg.net.classes:
+        found = -1 if images.label is None else int(images.label.max())
+        if found < 0 or found >= cfg.net.classes:
+            have = "has no labels" if found < 0 else f"has labels up to {found}"
+            fix = "set net.classes to 0" if found < 0 else f"set net.classes to {found + 1}"
+            raise UserError(f"net.classes = {cfg.net.classes}: {cfg.data.source!r} {have}; {fix}")
+    return Experiment(cfg, subset, model)
+
+
+def reopen(
+    folder: Path, sample_as: config.Sample | None = None, audit_as: config.Audit | None = None
+) -> Experiment:
+    """The experiment stored in a run's folder, optionally sampled and audited otherwise.
+
+    Raises:
+      UserError: no run there, or its images are no longer those it was trained on.
+    """
+    stored = workdir.read(folder)
+    cfg = replace(
+        stored.config, sample=sample_as or stored.config.sample, audit=audit_as or stored.config.audit
+    )
+    return prepare(cfg, folder / "subset.json")
+
+
+def _run_folder(path: Path) -> tuple[Path, int | None]:
+    """A run's folder and the step, if `path` is the folder of one of its checkpoints."""
+    whole = path.absolute()
+    if whole.parent.name == "checkpoints" and whole.name.isdigit():
+        return whole.parent.parent, int(whole.name)
+    return path, None
+
+
+def load_params(
+    path: Path, monitor: loop.Monitor, like: Model | None = None, ema: float = 0.0
+) -> tuple[Params, int]:
+    """Averaged parameters of the run (or single checkpoint of a run) at `path`, and their step.
+
+    Args:
+      path: a run's folder, or checkpoints/STEP in it.
+      monitor: told about damaged checkpoints that were passed over.
+      like: refuse a network that is not this one's.
+      ema: relative width of a power-function average (`mdiff.train.ema`); 0 is the run's usual average.
+
+    Raises:
+      UserError: no readable checkpoint there, or its network is not that of `like`, or it has no such average.
+    """
+    folder, step = _run_folder(path)
+    stored = workdir.read(folder)
+    model = make_model(stored.config, stored.shape[-1])
+    if like is not None:
+        ours, theirs = (jax.eval_shape(lambda m=m: m.init(jax.random.key(0))) for m in (like, model))
+        if jax.tree.map(lambda leaf: leaf.shape, ours) != jax.tree.map(lambda leaf: leaf.shape, theirs):
+            raise UserError(
+                f"--init-from {path}: its network differs from the config's net; use its net.* fields"
+            )
+    settings = stored.config.train
+    optimizer = optim.make_optimizer(settings)
+    device_mesh = mesh.make_mesh(config.Mesh())
+    _, abstract = state.plan_state(model, optimizer, stored.config.seed, device_mesh, settings.ema_lengths)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: no checkpoints; train it first")
+    with checkpoint.open_run(folder, settings) as checkpoints:
+        restored = checkpoints.restore(abstract, monitor.say, step)
+    if restored is None:
+        raise UserError(f"{path}: no checkpoint; train it first")
+    current = restored[0]
+    if ema:
+        return snapshots.load_average(folder, ema, current, stored.config, monitor.say), int(current.step)
+    return current.ema, int(current.step)
