@@ -22,22 +22,23 @@ WORKER = """
 import json, sys, time, jax
 from pathlib import Path
 from mdiff import config
-from mdiff.data.stream import indices
+from mdiff.data.reader import make_reader
 from mdiff.objectives import ambient
 from mdiff.recipes import experiment
-from mdiff.train import loop, mesh, state
+from mdiff.train import loop, mesh, optim, state
 made = experiment.prepare(config.load(sys.argv[1]))
 cfg, devices = made.config, mesh.make_mesh(config.Mesh())
-optimizer = state.make_optimizer(cfg.train)
+optimizer = optim.make_optimizer(cfg.train)
 fresh, _ = state.plan_state(made.model, optimizer, 0, devices)
-current, pool = fresh(), loop.make_pool(made.subset, devices)
-objective = ambient.make(made.model, cfg.loss)
+reader = make_reader(cfg, made.subset)
+current, pool = fresh(), jax.device_put(reader.resident, mesh.replicated(devices))
+objective = ambient.make(made.model, cfg)
 step = jax.jit(state.make_step(objective, optimizer, loop.make_batch_fn(cfg), cfg.train, 0), donate_argnums=0)
 def run(count):
     global current
     begin = time.perf_counter()
     for i in range(count):
-        current, metrics = step(current, pool, indices(0, i, cfg.train.batch, made.subset.slots))
+        current, metrics = step(current, pool, reader.batch(i))
     jax.block_until_ready(current)
     return (time.perf_counter() - begin) / count
 run(2)

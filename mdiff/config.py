@@ -313,9 +313,11 @@ def _forbid_unknown(cls: type, tree: dict[str, Any], where: str) -> None:
 def digest(config: Config) -> str:
     """What makes two runs the same experiment: seed, data, process, network and loss.
 
-    Steps, mesh, logging, sampling and audit are left out, so a run may be extended or moved.
+    Steps, mesh, logging, sampling and audit are left out, so a run may be extended or moved; so is how the
+    images are read, which does not change a batch.
     """
     tree = to_json(config)
+    del tree["data"]["reading"]
     text = json.dumps({name: tree[name] for name in DIGESTED}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Images by built-in name, from a folder or from an `.npz` file: one type for all of them."""
+"""Images by built-in name, from a folder, an `.npz` file or a prepared TFDS set: one type for all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,7 +18,9 @@ from PIL import Image, ImageOps
 from mdiff.errors import UserError
 from mdiff.types import to_uint8
 
-BUILTIN = ("faces", "digits")
+BUILTIN = ("faces", "digits", "mnist5k", "emoji")
+NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
+"""What a TFDS set is called: "cifar10", "imagenet_resized/64x64", "imagenet2012:5.1.0"."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tiff", ".tif")
 
 
@@ -26,11 +29,16 @@ class Images:
     """A set of images on the host.
 
     Attributes:
-      name: where they came from: a built-in name or a path.
-      x: uint8 [N,H,W,C]; C is 1 (grey) or 3 (RGB).
-      id: int32 [N], unique.
+      name: where they came from: a built-in name, a path or a TFDS name.
+      x: uint8 [N,H,W,C]; C is 1 (grey) or 3 (RGB). Of a TFDS set it may be a `mdiff.data.disk.DiskImages`,
+        which reads what is indexed.
+      id: int32 [N], unique, none negative (planted copies, see `mdiff.data.plant`, count down from -1).
       label: int32 [N] classes, or None.
       files: [N] paths below the folder they were read from, or None.
+      caption: [N] what each shows, in words, or None.
+      family: int32 [N]; images of one number are the same up to a known variation, such as skin tone, and
+        every other image has a number of its own. None if nothing is known.
+      vector: float32 [N,V], the vector condition of each image, or None.
     """
 
     name: str
@@ -38,39 +46,62 @@ class Images:
     id: np.ndarray
     label: np.ndarray | None = None
     files: tuple[str, ...] | None = None
+    caption: tuple[str, ...] | None = None
+    family: np.ndarray | None = None
+    vector: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, indices: np.ndarray) -> Images:
         """The images at positions `indices` [M], in that order; they keep their ids."""
+
+        def of(column: tuple[str, ...] | None) -> tuple[str, ...] | None:
+            return None if column is None else tuple(column[i] for i in indices)
+
         return replace(
             self,
-            x=self.x[indices],
+            x=self.x.take(indices, axis=0),
             id=self.id[indices],
             label=None if self.label is None else self.label[indices],
-            files=None if self.files is None else tuple(self.files[i] for i in indices),
+            files=of(self.files),
+            caption=of(self.caption),
+            family=None if self.family is None else self.family[indices],
+            vector=None if self.vector is None else self.vector[indices],
         )
 
 
-def load(source: str, size: int | None = None, field: str = "data.source") -> Images:
+def load(
+    source: str,
+    size: int | None = None,
+    field: str = "data.source",
+    *,
+    split: str = "train",
+    reading: Literal["memory", "disk"] = "memory",
+) -> Images:
     """Loads a set of images.
 
     A folder gives its images in natural order of name (img2 before img10), id = position. If it holds
     none itself but its subfolders do, each subfolder is a class, numbered in natural order. EXIF
     orientation is applied, alpha is composited on white, 16 bits become 8. An `.npz` gives `x`, else
-    `images`, else its only array, and optionally `label` and `id`; floats are rounded to 8 bits.
+    `images`, else its only array, and optionally `label`, `id`, `family` and `vector`; floats are rounded to
+    8 bits. Any other name is that of a TFDS set prepared on this machine, or its folder (see
+    `mdiff.data.prepared`): its images are cropped to their middle square, and stay on disk until indexed or
+    until `mdiff.data.split` has drawn from them.
 
     Args:
-      source: "faces", "digits", a folder of images or an `.npz` file. Where a folder has a built-in name,
-        write ./faces for the folder.
+      source: a name in `BUILTIN`, a folder of images, an `.npz` file, or a prepared TFDS set. Where a folder
+        has a built-in name, write ./faces for the folder.
       size: images are resized to size x size by Lanczos, widened when shrinking so that it does not
         alias. It keeps more of the detail that tells near images apart than a box average does, and is
         what EDM's data set tool resizes with (arXiv 2206.00364); its overshoot is clipped to 0..255.
       field: what error messages call `source`.
+      split: of a TFDS set, such as "train" or "train[:10%]"; other sources have no split but "train".
+      reading: "disk" keeps built-in sets on disk too, and refuses folders and `.npz` files.
 
     Raises:
-      UserError: nothing there, not images, unreadable, of several sizes, or to be resized but not square.
+      UserError: nothing there, not images, unreadable, of several sizes, to be resized but not square, or
+        without the wanted split.
     """
     where = f"{field} = {source!r}"
     if size is not None and size < 1:
@@ -80,28 +111,75 @@ def load(source: str, size: int | None = None, field: str = "data.source") -> Im
     if source in BUILTIN:
         if os.path.isdir(path):
             raise UserError(f"{where}: a built-in set and a folder here; write ./{source} for the folder")
-        # TFDS takes half a second to import; only the built-in sets need it.
-        from mdiff.data import builders
+        _only_train(source, split)
+        return _builtin(source, size, reading, where)
+    if source and os.path.isfile(path / "dataset_info.json"):
+        from mdiff.data import prepared
 
-        x, label = builders.read(source)
-        images = Images(source, x, np.arange(len(x), dtype=np.int32), label)
-    elif os.path.isdir(path) and source:
-        return _from_folder(path, source, size, where)
-    elif os.path.isfile(path) and path.suffix.lower() == ".npz":
+        return prepared.load(path, source, size, split, where)
+    if source and os.path.exists(path):
+        _only_train(source, split)
+        if reading == "disk":
+            raise UserError(
+                f"data.reading = 'disk': {source!r} is no TFDS set; set data.reading to memory, or prepare one"
+            )
+        if os.path.isdir(path):
+            return _from_folder(path, source, size, where)
+        if not os.path.isfile(path) or path.suffix.lower() != ".npz":
+            raise UserError(
+                f"{where}: is neither a folder nor an .npz file; give the folder the images are in"
+            )
         images = _from_npz(path, source, where)
-    elif os.path.exists(path) and source:
-        raise UserError(f"{where}: is neither a folder nor an .npz file; give the folder the images are in")
-    else:
-        near = difflib.get_close_matches(source, BUILTIN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"built-in sets are {', '.join(BUILTIN)}"
-        raise UserError(f"{where}: no such folder, .npz file or built-in set; {hint}")
-    if size is None:
-        return images
-    return replace(images, x=np.stack([_resize(image, size, where) for image in images.x]))
+        return images if size is None else replace(images, x=_resize_all(images.x, size, where))
+    return _from_name(source, size, split, where)
 
 
-def _resize(image: np.ndarray, size: int, where: str) -> np.ndarray:
-    """uint8 [H,W,C] to [size,size,C]."""
+def _only_train(source: str, split: str) -> None:
+    if split != "train":
+        raise UserError(f"data.split = {split!r}: {source!r} has no splits; set data.split to train")
+
+
+def _builtin(source: str, size: int | None, reading: str, where: str) -> Images:
+    # TFDS takes half a second to import; folders and .npz files do without.
+    from mdiff.data import builders
+
+    columns = builders.read(source, size)
+    x = columns.pop("x")
+    ids = np.arange(len(x), dtype=np.int32)
+    if reading == "memory":
+        return Images(source, x if size is None else _resize_all(x, size, where), ids, **columns)
+    from mdiff.data import prepared
+
+    folder = builders.prepare(source, builders.config_name(source, size))
+    on_disk = prepared.load(folder, source, size, "train", where).x
+    return Images(source, on_disk.take(builders.places(folder), axis=0), ids, **columns)
+
+
+def _from_name(source: str, size: int | None, split: str, where: str) -> Images:
+    """A TFDS set by name, or the error that nothing has this name."""
+    near = difflib.get_close_matches(source, BUILTIN, n=1)
+    hints = [f"did you mean {near[0]!r}?" if near else f"built-in sets are {', '.join(BUILTIN)}"]
+    if NAME.fullmatch(source):
+        from mdiff.data import prepared
+
+        folder = prepared.find(source, where)
+        if folder is not None:
+            return prepared.load(folder, source, size, split, where)
+        looked = ", ".join(str(root) for root in prepared.roots())
+        hints.append(
+            f"for a TFDS set run `tfds build {source} --file_format={prepared.FORMAT}` (looked in {looked})"
+        )
+    raise UserError(
+        f"{where}: no such folder, .npz file, built-in set or prepared TFDS set; {'; '.join(hints)}"
+    )
+
+
+def _resize_all(x: np.ndarray, size: int, where: str) -> np.ndarray:
+    return np.stack([resize(image, size, where) for image in x])
+
+
+def resize(image: np.ndarray, size: int, where: str) -> np.ndarray:
+    """uint8 [H,W,C], H = W, to [size,size,C] by Lanczos; errors start with `where`."""
     height, width, channels = image.shape
     if height != width:
         raise UserError(
@@ -153,7 +231,7 @@ def _from_folder(folder: Path, source: str, size: int | None, where: str) -> Ima
                 f"{where}: {_below(files[0], folder)!r} is {first[0]}x{first[1]} pixels and "
                 f"{_below(file, folder)!r} is {width}x{height}; resize them to one size"
             )
-        arrays.append(image if size is None else _resize(image, size, where))
+        arrays.append(image if size is None else resize(image, size, where))
     channels = max(image.shape[2] for image in arrays)
     x = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in arrays])
     names = tuple(_below(file, folder) for file in files)
@@ -172,7 +250,7 @@ def _read_image(file: Path, where: str) -> np.ndarray:
             frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
             if frames > 1:
                 raise UserError(f"{where}: {file.name!r} holds {frames} frames; save one image per file")
-            return _to_uint8(ImageOps.exif_transpose(opened), file, where)
+            return convert(ImageOps.exif_transpose(opened), file.name, where)
     # What Pillow raises for damaged files depends on the format's decoder; OSError covers most of them.
     except (
         OSError,
@@ -188,14 +266,15 @@ def _read_image(file: Path, where: str) -> np.ndarray:
         ) from error
 
 
-def _to_uint8(image: Image.Image, file: Path, where: str) -> np.ndarray:
+def convert(image: Image.Image, name: str, where: str) -> np.ndarray:
+    """A Pillow image as uint8 [H,W,1] if it is grey, else [H,W,3]; errors call it `name`."""
     if image.mode == "F":
-        raise UserError(f"{where}: {file.name!r} holds floats; save it as 8-bit, or the whole set as .npz")
+        raise UserError(f"{where}: {name!r} holds floats; save it as 8-bit, or the whole set as .npz")
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:
             raise UserError(
-                f"{where}: {file.name!r} has grey values {wide.min()}..{wide.max()}; save it as 8 or 16 bits"
+                f"{where}: {name!r} has grey values {wide.min()}..{wide.max()}; save it as 8 or 16 bits"
             )
         return np.round(wide / 257).astype(np.uint8)[..., None]
     # A palette says nothing about colour; whether it is grey shows in the pixels.
@@ -231,11 +310,16 @@ def _from_npz(path: Path, source: str, where: str) -> Images:
         raise UserError(
             f"{where}: id {values[counts > 1][0]} occurs more than once; make the array id unique"
         )
-    return Images(source, x, ids, label)
+    family, vector = content.get("family"), content.get("vector")
+    if family is not None:
+        family = _integers(family, len(x), "family", where)
+    if vector is not None:
+        vector = _vectors(vector, len(x), where)
+    return Images(source, x, ids, label, family=family, vector=vector)
 
 
 def _main_array(content: dict[str, np.ndarray], where: str) -> np.ndarray:
-    others = [name for name in content if name not in ("label", "id")]
+    others = [name for name in content if name not in ("label", "id", "family", "vector")]
     for name in ("x", "images", *(others if len(others) == 1 else ())):
         if name in content:
             return content[name]
@@ -274,6 +358,19 @@ def _integers(values: np.ndarray, n: int, name: str, where: str) -> np.ndarray:
             f"{where}: array {name} is in {values.min()}..{values.max()}; save values in 0..2**31-1"
         )
     return values.astype(np.int32)
+
+
+def _vectors(values: np.ndarray, n: int, where: str) -> np.ndarray:
+    """float32 [n,V], all finite."""
+    if values.ndim != 2 or len(values) != n or not values.shape[1] or values.dtype.kind not in "fiu":
+        raise UserError(
+            f"{where}: array vector has shape {values.shape} and type {values.dtype}; save floats [{n},V]"
+        )
+    with np.errstate(over="ignore"):
+        out = values.astype(np.float32)
+    if not np.isfinite(out).all():
+        raise UserError(f"{where}: array vector has values that are no finite float32; remove those images")
+    return out
 
 
 def _reason(error: BaseException) -> str:

@@ -1,20 +1,22 @@
 """Which images are trained on, which are held out, and how often each one is seen.
 
-This is the ground truth of every audit, so it is written to the run: ids, planted duplicates and a hash
-of the pixels.
+This is the ground truth of every audit, so it is written to the run: ids, planted copies, and a hash of the
+pixels (of a sample of them where the images stay on disk).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from mdiff import config as config_lib
+from mdiff.data.disk import DiskImages
+from mdiff.data.plant import Planted, as_json, check, from_json, plan, plant
 from mdiff.data.source import Images
 from mdiff.data.stream import permutation
 from mdiff.errors import UserError
@@ -26,28 +28,40 @@ class Subset:
     """Training images, held-out images, and what an epoch walks over.
 
     Attributes:
-      train: the n training images, each once.
+      train: the n training images, each once, then the planted flips and crops.
       heldout: images that are never trained on: the audit's control.
-      slots: int32 [S] indices into `train`; an image with k planted copies occurs k times.
+      slots: int32 [S] indices into `train`; an image with k duplicates occurs k times.
+      planted: how the last images of `train` were made.
     """
 
     train: Images
     heldout: Images
     slots: np.ndarray
+    planted: tuple[Planted, ...] = ()
+
+    @property
+    def origin(self) -> np.ndarray:
+        """int32 [len(train)]: the id of the source's image that each training image is, or was made from."""
+        of = {each.id: each.of for each in self.planted}
+        return np.array([of.get(int(i), int(i)) for i in self.train.id], np.int32)
 
 
 def split(config: config_lib.Data, images: Images) -> Subset:
-    """Draws training and held-out images by seed.
+    """Draws training and held-out images by seed, and plants copies.
 
     One permutation of the set is drawn from the seed; the first n are trained on and the next `heldout`
-    are held out. So the training images of a smaller n are the first of those of a larger one.
+    are held out. So the training images of a smaller n are the first of those of a larger one. Where the set
+    knows families (images that are the same but for, say, skin tone), images of a family that is trained on
+    are passed over, so that no held-out image has a twin among the training images.
+
+    With config.reading "memory" the drawn images are in memory afterwards, wherever `images` are.
 
     Args:
-      config: uses n, heldout, seed and duplicates.
+      config: uses n, heldout, seed, reading, duplicates, planted_flips and planted_crops; n counts originals.
       images: the whole set.
 
     Raises:
-      UserError: n, heldout or duplicates do not fit the set.
+      UserError: n, heldout or the planted copies do not fit the set.
     """
     total = len(images)
     if config.n < 2:
@@ -64,28 +78,36 @@ def split(config: config_lib.Data, images: Images) -> Subset:
             f"set data.heldout to {total - config.n} or fewer"
         )
     order = permutation(config.seed, "split", 0, total)
-    train = images.take(order[: config.n])
-    heldout = images.take(order[config.n : config.n + config.heldout])
-    return Subset(train, heldout, _slots(config.duplicates, train.id))
+    first, rest = order[: config.n], order[config.n :]
+    if images.family is not None:
+        rest = rest[~np.isin(images.family[rest], images.family[first])]
+        if len(rest) < config.heldout:
+            raise UserError(
+                f"data.n = {config.n} and data.heldout = {config.heldout}: only {len(rest)} images of "
+                f"{images.name!r} share no family with the training images; set data.heldout to {len(rest)} "
+                "or fewer, or data.n lower"
+            )
+    in_memory = config.reading == "memory"
+    train = _drawn(images, first, in_memory)
+    heldout = _drawn(images, rest[: config.heldout], in_memory)
+    planted = plan(config, train)
+    slots = _slots(config.duplicates, train.id, len(planted))
+    return Subset(plant(train, planted), heldout, slots, planted)
 
 
-def _slots(duplicates: dict[int, int], ids: np.ndarray) -> np.ndarray:
+def _drawn(images: Images, places: np.ndarray, in_memory: bool) -> Images:
+    taken = images.take(places)
+    return replace(taken, x=np.asarray(taken.x)) if in_memory else taken
+
+
+def _slots(duplicates: dict[int, int], ids: np.ndarray, planted: int) -> np.ndarray:
+    """`ids` of the originals, and how many images were planted behind them."""
     place = {int(i): k for k, i in enumerate(ids)}
-    copies = np.ones(len(ids), np.int64)
+    copies = np.ones(len(ids) + planted, np.int64)
     for image, count in duplicates.items():
-        if image not in place:
-            some = ", ".join(str(i) for i in sorted(place)[:5])
-            raise UserError(
-                f"data.duplicates = {{{image}: {count}}}: no training image has id {image}; "
-                f"training ids are {some}{', …' if len(place) > 5 else ''}"
-            )
-        if count < 1:
-            raise UserError(
-                f"data.duplicates = {{{image}: {count}}}: an image is trained on at least once; "
-                "set 1 or more copies"
-            )
+        check("data.duplicates", image, count, set(place))
         copies[place[image]] = count
-    return np.repeat(np.arange(len(ids), dtype=np.int32), copies)
+    return np.repeat(np.arange(len(copies), dtype=np.int32), copies)
 
 
 def _sha256(images: Images) -> str:
@@ -95,7 +117,8 @@ def _sha256(images: Images) -> str:
 def save_subset(path: str | Path, subset: Subset, config: config_lib.Data) -> None:
     """Writes which images were trained on and held out, as JSON, whole or not at all.
 
-    The hashes are of the pixels, uint8 [n,H,W,C] in C order, in the order of the ids.
+    The hashes are of the pixels, uint8 [n,H,W,C] in C order, in the order of the ids. Images that stay on
+    disk are not hashed each: the record holds a fingerprint of their set instead.
 
     Args:
       path: the file; its folder exists.
@@ -112,9 +135,14 @@ def save_subset(path: str | Path, subset: Subset, config: config_lib.Data) -> No
         "seed": config.seed,
         "shape": list(subset.train.x.shape[1:]),
         "duplicates": {str(i): copies for i, copies in config.duplicates.items()},
+        "planted": [as_json(each) for each in subset.planted],
     }
+    on_disk = isinstance(subset.train.x, DiskImages)
+    if on_disk:
+        tree["fingerprint"] = cast(DiskImages, subset.train.x).fingerprint()
     for name, images in (("train", subset.train), ("heldout", subset.heldout)):
-        tree[name] = {"ids": images.id.tolist(), "sha256": _sha256(images), "files": images.files}
+        hashed = {} if on_disk else {"sha256": _sha256(images)}
+        tree[name] = {"ids": images.id.tolist(), **hashed, "files": images.files}
     try:
         write_json(path, tree)
     except OSError as error:
@@ -126,37 +154,56 @@ def save_subset(path: str | Path, subset: Subset, config: config_lib.Data) -> No
 def load_subset(path: str | Path, images: Images) -> Subset:
     """The subset that `save_subset` recorded, taken from `images` and checked against its hashes.
 
+    Images that were read from disk stay there; all others are in memory afterwards.
+
     Args:
       path: the file.
-      images: the set it was drawn from, loaded with the same source and size.
+      images: the set it was drawn from, loaded with the same source, split and size.
 
     Raises:
       UserError: no such file, not such a file, or the images are not those it was written for.
     """
     where = repr(str(path))
+    damaged = UserError(
+        f"{where}: is damaged or another file; delete it and run mdiff train again, which writes it anew"
+    )
     try:
         tree = json.loads(Path(path).read_text())
         ids = {name: np.array(tree[name]["ids"], np.int32) for name in ("train", "heldout")}
-        hashes = {name: str(tree[name]["sha256"]) for name in ("train", "heldout")}
+        fingerprint = tree.get("fingerprint")
+        hashes = {} if fingerprint else {name: str(tree[name]["sha256"]) for name in ids}
         duplicates = {int(i): int(copies) for i, copies in tree["duplicates"].items()}
+        planted = tuple(from_json(each) for each in tree.get("planted", ()))
         source, size = tree["source"], tree["size"]
     except OSError as error:
         raise UserError(
             f"{where}: cannot be read ({error.strerror}); give a workdir of mdiff train"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where}: is damaged or another file; delete it and run mdiff train again, which writes it anew"
-        ) from error
+        raise damaged from error
+
+    def other(what: str) -> UserError:
+        return UserError(
+            f"{where}: {images.name!r} does not hold the recorded {what} images; "
+            f"load the source {source!r} at size {size} as it was when this was written"
+        )
+
+    if fingerprint and not (isinstance(images.x, DiskImages) and images.x.fingerprint() == fingerprint):
+        raise other("set of")
     place = {int(i): k for k, i in enumerate(images.id)}
+    made = {each.id for each in planted}
     parts = {}
     for name, wanted in ids.items():
-        missing = [int(i) for i in wanted if int(i) not in place]
-        if not missing:
-            parts[name] = images.take(np.array([place[int(i)] for i in wanted], np.int64))
-        if missing or _sha256(parts[name]) != hashes[name]:
-            raise UserError(
-                f"{where}: {images.name!r} does not hold the recorded {name} images; "
-                f"load the source {source!r} at size {size} as it was when this was written"
-            )
-    return Subset(parts["train"], parts["heldout"], _slots(duplicates, parts["train"].id))
+        originals = [int(i) for i in wanted if int(i) not in made]
+        if not set(originals) <= place.keys():
+            raise other(name)
+        parts[name] = _drawn(images, np.array([place[i] for i in originals], np.int64), not fingerprint)
+        if name == "train":
+            slots = _slots(duplicates, parts[name].id, len(planted))
+            try:
+                parts[name] = plant(parts[name], planted)
+            except (KeyError, ValueError) as error:  # made from no training image, or a window outside it
+                raise damaged from error
+        if hashes and _sha256(parts[name]) != hashes[name]:
+            raise other(name)
+    return Subset(parts["train"], parts["heldout"], slots, planted)

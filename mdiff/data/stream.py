@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import zlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdiff import config
+from mdiff.data import augment
 from mdiff.data.degrade import noisy_copy
 from mdiff.types import Array, Batch, Key, to_float
 
@@ -32,6 +33,20 @@ def permutation(seed: int, stream: str, count: int, n: int) -> np.ndarray:
     """
     key = np.array([seed % 2**64, zlib.crc32(stream.encode()) << 32 | count], np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable").astype(np.int32)
+
+
+def uniforms(seed: int, stream: str, where: tuple[int, int], n: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 [n], as a pure function of its arguments, as `permutation` is.
+
+    Args:
+      seed: any integer; taken modulo 2**64.
+      stream: the name of the use, which keeps uses apart.
+      where: two numbers, each below 2**64, such as an image's id and a copy's number.
+      n: how many.
+    """
+    key = np.array([seed % 2**64, zlib.crc32(stream.encode())], np.uint64)
+    raw = np.random.Philox(key=key, counter=np.array([0, 0, *where], np.uint64)).random_raw(n)
+    return (raw >> np.uint64(11)) * 2.0**-53
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,40 +78,43 @@ def indices(seed: int, step: int, batch: int, slots: np.ndarray) -> np.ndarray:
     return slots[orders[start : start + batch]]
 
 
-def device_batch(
-    x_u8: Array,
-    ids: Array,
-    index: Array,
-    key: Key,
-    *,
-    flip: bool,
-    cutoff: float,
-    noise_seed: int,
-    labels: Array | None = None,
-) -> Batch:
-    """Gathers a batch on the device, adds the fixed noisy copies, then augments. Pure; jit it.
+def gather(resident: dict[str, Array], rows: dict[str, Array]) -> dict[str, Array]:
+    """The raw batch, on the device. Pure; trace it in a jit.
 
     Args:
-      x_u8: uint8 [N,H,W,C], the whole training set.
-      ids: [N] ids of the training images.
-      index: [B] which of them, from `indices`.
-      key: randomness of the augmentation, new at every step.
-      flip: mirror each example left-right with probability 1/2; x and y with the same coin. Static.
-      cutoff: noise level of the fixed noisy copies; 0 makes none. Static.
-      noise_seed: seed of the noisy copies, the same at every step.
-      labels: [N] integer classes.
+      resident: from `Reader.resident`: the whole training set, or nothing.
+      rows: from `Reader.batch`: where the batch is in the resident set, or the batch itself.
 
     Returns:
-      `x` float32 [B,H,W,C] in [-1, 1], `id` [B]; with cutoff > 0 also `y` [B,H,W,C], with labels `label` [B].
+      `x` uint8 [B,H,W,C], `id` [B], and `label` [B] and `vector` [B,V] if the network is conditioned on them.
     """
-    batch = {"x": jnp.asarray(to_float(x_u8[index])), "id": ids[index]}
-    if cutoff > 0:
-        # Before the flip: noise on a flipped image would be a second draw, which leaks (see degrade.py).
-        batch["y"] = noisy_copy(batch["x"], batch["id"], cutoff, noise_seed)
-    if flip:
-        coin = jax.random.bernoulli(key, 0.5, index.shape)[:, None, None, None]
-        for name in ("x", "y") if cutoff > 0 else ("x",):
-            batch[name] = jnp.where(coin, batch[name][:, :, ::-1], batch[name])
-    if labels is not None:
-        batch["label"] = labels[index]
-    return batch
+    if "index" not in rows:
+        return dict(rows)
+    return {name: column[rows["index"]] for name, column in resident.items()}
+
+
+def finish(raw: dict[str, Array], key: Key, cfg: config.Config) -> Batch:
+    """Floats, fixed noisy copies, then augmentations. Pure; trace it in a jit.
+
+    Args:
+      raw: from `gather`.
+      key: randomness of the augmentation, new at every step.
+      cfg: uses data.flip, data.shift, data.augment, loss.cutoff and seed, which is that of the noisy copies.
+
+    Returns:
+      `raw` with `x` float32 [B,H,W,C] in [-1, 1]; with a cutoff also `y` [B,H,W,C], the noisy copies; with
+      data.augment also `augment` [B,9], what was done to `x` and not to `y` (see `mdiff.data.augment`):
+      where a loss uses `y`, the network is to be told zeros.
+    """
+    images = {"x": jnp.asarray(to_float(raw["x"]))}
+    if cfg.loss.cutoff > 0:
+        # Before the augmentations: noise on a flipped image would be a second draw, which leaks (degrade.py).
+        images["y"] = noisy_copy(images["x"], raw["id"], cfg.loss.cutoff, cfg.seed)
+    if cfg.data.flip:
+        images = augment.flip(key, images)
+    if cfg.data.shift:
+        images = augment.shift(augment.stream(key, "shift"), images, cfg.data.shift)
+    if cfg.data.augment:
+        warped, told = augment.non_leaky(augment.stream(key, "augment"), images["x"], cfg.data.augment)
+        images |= {"x": warped, "augment": told}
+    return {**raw, **images}

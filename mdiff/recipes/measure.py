@@ -31,7 +31,8 @@ from mdiff.types import Array, Evaluator, Params
 
 def audit_rules(cfg: config.Config) -> config.Audit:
     """The audit's rules, with mirrored images compared whenever they were trained on."""
-    return replace(cfg.audit, flips=cfg.audit.flips or cfg.data.flip)
+    mirrored = cfg.data.flip or bool(cfg.data.planted_flips) or cfg.data.augment > 0
+    return replace(cfg.audit, flips=cfg.audit.flips or mirrored)
 
 
 def memorization_curve(experiment: Experiment) -> Evaluator:
