@@ -395,3 +395,16 @@ def test_progress_is_reported(world):
     audit(train[:4], train, heldout, FAST, progress=lambda *step: seen.append(step))
     assert [done for _, done, _ in seen] == list(range(len(seen)))
     assert seen[-1][1] == seen[-1][2]
+
+
+def test_random_features_and_unknown_ones(world):
+    _, train, heldout = world
+    generated = draw(np.random.default_rng(30), 30)
+    config = dataclasses.replace(FAST, features="random")
+    found = audit(generated, train, heldout, config)
+    assert found.feature == "pca8-random"
+    plain = audit(generated, train, heldout, FAST)
+    np.testing.assert_array_equal(found.rows["ratio"], plain.rows["ratio"])
+    assert (found.rows["cosine"] != plain.rows["cosine"]).any()
+    with pytest.raises(UserError, match=r"audit\.features = 'dino': no such space; give pixel or random"):
+        audit(generated, train, heldout, dataclasses.replace(FAST, features="dino"))

@@ -1,185 +1,320 @@
-"""The network against published sizes, and its contracts: gates, taps, biases, preconditioning."""
+"""Every architecture against float64 numpy, and its contracts: gates, taps, biases, types, recomputation."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_networks
 import pytest
 
-from mdiff import config
+from mdiff import config, flops
 from mdiff.errors import UserError
-from mdiff.keys import key
 from mdiff.nets.denoiser import make_model
-from mdiff.nets.layers import conv_scan_safe, depth_to_space, space_to_depth
-from mdiff.trees import named_leaves, size
+from mdiff.nets.layers import rematerialize
+from mdiff.nets.sizes import SIZES
+from mdiff.nets.unet import Block
+from mdiff.trees import map_named, named_leaves
+
+UNET = {"channels": 8, "mults": (1, 2), "blocks": 1, "attention": (4,), "head_channels": 4}
+NETS = {
+    "ddpmpp": {**UNET, "head_channels": 0},
+    "ncsnpp": UNET,
+    "adm": UNET,
+    "dit": {"channels": 16, "blocks": 2, "patch": 2, "head_channels": 8},
+}
+ARCHS = tuple(NETS)
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # of the compiler's backend; the values are the same
 
 
-def model_of(image_size=16, image_channels=1, **net):
-    cfg = config.Config(data=config.Data(size=image_size), net=config.Net(**net))
-    return make_model(cfg, image_channels)
+def model_of(arch="ddpmpp", size=8, channels=2, **net):
+    net = config.Net(arch=arch, **{**NETS[arch], "classes": 3, **net})
+    return make_model(config.Config(data=config.Data(size=size), net=net), channels)
 
 
-SMALL = {"channels": 16, "mults": (1, 2), "blocks": 1, "attention": (8,), "patch": 1}
+def arbitrary(model, seed=0):
+    """Parameters drawn with numpy: nothing to compile, and no path is near zero."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return map_named(
+        lambda name, s: np.float32(name.endswith("scale") + 0.3 * rng.normal(size=s.shape)), shapes
+    )
 
 
-def perturbed(params, scale=0.2):
-    """Parameters with the near-zero initial layers made active, so that every path matters."""
-    leaves, tree = jax.tree.flatten(params)
+def shallow(arch, **net):
+    """The smallest network of its kind: a U-Net with a single level."""
+    single = {} if arch == "dit" else {"mults": (1,), "attention": (8,), "scan_safe": True}
+    return model_of(arch, **single, **net)
+
+
+def x0_by_numpy(model, params, cond):
+    """The preconditioned network at XT and SIGMA, in float64."""
+    cfg, s = model.net.cfg, SIGMA[:, None, None, None]
+    network = numpy_networks.dit if cfg.arch == "dit" else numpy_networks.unet
+    raw = network(params["net"], cfg, XT / np.sqrt(s**2 + 0.25), np.log(SIGMA) / 4, cond)
+    return 0.25 / (s**2 + 0.25) * XT + 0.5 * s / np.sqrt(s**2 + 0.25) * raw
+
+
+XT = np.random.default_rng(1).normal(size=(2, 8, 8, 2)).astype(np.float32)
+SIGMA = np.array([0.3, 2.0])
+CHECKED = ("hidden", "branch", "value", "emb0", "emb1")
+
+
+def per_example(name, gate):
+    """A gate [C] (of a DiT's blocks [L,C]) as one with its own entry per example."""
+    if name.startswith("emb"):
+        return np.ones((2, *gate.shape), np.float32)
+    if name.startswith("blocks"):
+        return np.ones((gate.shape[0], 2, 1, gate.shape[1]), np.float32)
+    middle = (1,) if "attention" in name else (1, 1)
+    return np.ones((2, *middle, *gate.shape), np.float32)
+
+
+def no_bias(arch, names):
+    """Zero attention biases for every attention layer, as a tree."""
+    tree = {}
+    for name in names:
+        if name.endswith("attention/map"):
+            *path, _ = name.split("/")
+            shape = (2, 1, 1, 16, 16) if arch == "dit" else (16, 16)
+            node = functools.reduce(lambda t, part: t.setdefault(part, {}), path, tree)
+            node["bias"] = np.zeros(shape, np.float32)
+    return tree
+
+
+class Case:
+    """One architecture with arbitrary parameters and one compiled call that takes all it can be told."""
+
+    def __init__(self, arch):
+        self.arch, self.model = arch, model_of(arch)
+        self.params = arbitrary(self.model)
+        self.gates = map_named(per_example, self.model.gates())
+        self.t = self.model.process.time(jnp.float32(SIGMA))
+        shapes = jax.eval_shape(lambda: self.model.apply(self.params, XT, self.t, taps=("*",))[1])
+        self.bias = no_bias(arch, shapes)
+        self.cond = self.model.condition(self.params, {"label": jnp.array([0, 2])})
+
+        def call(gates, cond, bias):
+            out, tapped = self.model.apply(self.params, XT, self.t, cond, gates, bias, taps=("*",))
+            return jnp.sum(out.x0 * XT), (out.x0, tapped)
+
+        # Parameters are closed over, so that the compiler sees constants, and one compilation serves all tests.
+        self.run = jax.jit(
+            jax.value_and_grad(call, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE
+        )
+        (_, (self.x0, self.tapped)), self.gradients = self.run(self.gates, self.cond, self.bias)
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def case(request):
+    return Case(request.param)
+
+
+def test_network_equals_numpy(case):
+    expected = x0_by_numpy(case.model, case.params, np.float64(case.cond))
+    np.testing.assert_allclose(case.x0, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_every_gate_silences_its_neuron_for_its_example(case):
+    for name, gate in named_leaves(case.gates):
+        tap = name.replace("out_gate/gate", "branch").replace("_gate/gate", "")
+        off = np.array(gate)
+        first = (0, 0) if case.arch == "dit" and name.startswith("blocks") else (0,)
+        off[(*first, ..., 0)] = 0  # example 0 (of block 0), channel 0
+        gates = map_named(lambda n, g, name=name, off=off: off if n == name else g, case.gates)
+        (_, (x0, tapped)), _ = case.run(gates, case.cond, case.bias)
+        assert np.all(tapped[tap][(*first, ..., 0)] == 0), name
+        before, after = np.asarray(case.tapped[tap])[first], np.asarray(tapped[tap])[first]
+        np.testing.assert_allclose(after[..., 1:], before[..., 1:], atol=1e-5, err_msg=name)
+        assert np.abs(before[..., 0]).max() > 0, name
+        assert np.abs(x0[0] - case.x0[0]).max() > 1e-5, name
+        np.testing.assert_allclose(x0[1], case.x0[1], atol=1e-5, err_msg=name)
+
+
+def test_gradients_reach_every_gate_and_the_condition(case):
+    gates, cond = case.gradients
+    for name, gradient in named_leaves(gates):
+        assert np.abs(gradient).max() > 0, name
+    assert np.all(np.abs(cond).max(axis=1) > 0)
+
+
+def test_gate_gradient_is_the_change_of_the_output(case):
+    """d loss / d gate by central differences, in a random direction through all gates."""
+    rng = np.random.default_rng(3)
+    direction = jax.tree.map(lambda g: rng.normal(size=g.shape).astype(np.float32), case.gates)
+    step = 1e-2
+
+    def loss(sign):
+        gates = jax.tree.map(lambda g, d: g + sign * step * d, case.gates, direction)
+        return float(case.run(gates, case.cond, case.bias)[0][0])
+
+    inner = jax.tree.map(lambda g, d: np.sum(np.float64(g) * d), case.gradients[0], direction)
+    expected = sum(jax.tree.leaves(inner))
+    assert (loss(1) - loss(-1)) / (2 * step) == pytest.approx(expected, rel=0.05, abs=0.05)
+
+
+def test_attention_bias_masks_a_position(case):
+    maps = [name for name in case.tapped if name.endswith("attention/map")]
+    assert maps
+    blocked = jax.tree.map(np.copy, case.bias)
+    leaf = blocked
+    for part in maps[0].split("/")[:-1]:
+        leaf = leaf[part]
+    leaf["bias"][(0, ..., 3) if case.arch == "dit" else (..., 3)] = -1e9
+    (_, (_, tapped)), _ = case.run(case.gates, case.cond, blocked)
+    masked = np.asarray(tapped[maps[0]])
+    np.testing.assert_allclose(masked.sum(-1), 1.0, rtol=1e-5)
+    if case.arch == "dit":  # the second block was not masked
+        assert masked[1, ..., 3].max() > 0
+        masked = masked[0]
+    assert masked[..., 3].max() == 0
+
+
+def test_taps_are_named_and_shaped(case):
+    shapes = {name: leaf.shape for name, leaf in case.tapped.items()}
+    layer = "blocks" if case.arch == "dit" else "mid4_0"
+    lead = (2,) if case.arch == "dit" else ()
+    heads = 1 if case.arch == "ddpmpp" else 2 if case.arch == "dit" else 4
+    assert shapes[f"{layer}/attention/map"] == (*lead, 2, heads, 16, 16)
+    assert shapes[f"{layer}/attention/value"] == (*lead, 2, 16, 16)
+    assert {name.split("/")[-1] for name in shapes} == {*CHECKED, "map", "out"}
+    wanted = jax.eval_shape(lambda: case.model.apply(case.params, XT, case.t, taps=("emb1",))[1])
+    assert list(wanted) == ["emb1"]
+    assert jax.eval_shape(lambda: case.model.apply(case.params, XT, case.t)[1]) == {}
+
+
+def test_absent_gates_and_taps_cost_nothing(case):
+    """The program without gates and taps holds neither: fewer multiplications and fewer outputs."""
+    model, params = case.model, case.params
+
+    def text(fn):
+        return jax.jit(fn).lower(jnp.asarray(XT), case.t).as_text()
+
+    plain = text(lambda x, t: model.apply(params, x, t)[0].x0)
+    gates = model.gates()
+    gated = text(lambda x, t: model.apply(params, x, t, gates=gates)[0].x0)
+    assert gated.count("stablehlo.multiply") == plain.count("stablehlo.multiply") + len(
+        jax.tree.leaves(gates)
+    )
+    if case.arch != "dit":  # of a scan the compiler, not the tracer, drops what nobody reads
+        assert text(lambda x, t: model.apply(params, x, t, taps=("*",))[0].x0) == plain
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bfloat16_is_close_and_keeps_float32_parameters(arch):
+    model = model_of(arch, dtype="bfloat16")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    params, t = arbitrary(model), model.process.time(jnp.float32(SIGMA))
+    cond = model.condition(params, {}, n=2)
+    traced = str(jax.make_jaxpr(lambda p: model.apply(p, XT, t, cond)[0].x0)(params))
+    products = [line for line in traced.splitlines() if "dot_general" in line or "conv_general" in line]
+    narrow = [line for line in products if "bf16" in line]
+    assert len(narrow) > len(products) / 2  # all but those of the embedding
+    assert all("bf16" in line for line in products if "conv_general" in line)
+
+    out = jax.jit(lambda p: model.apply(p, XT, t, cond)[0].x0, compiler_options=FAST_COMPILE)(params)
+    assert out.dtype == np.float32
+    expected = x0_by_numpy(model, params, np.float64(cond))
+    assert 0 < np.abs(out - expected).max() < 0.06 * np.abs(expected).max()
+
+
+def same_gradients(losses, params):
+    """Loss and gradients of the first function against those of the others."""
+    run = [jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)(params) for loss in losses]
+    for loss, gradients in run[1:]:
+        assert loss == pytest.approx(float(run[0][0]), rel=1e-5)
+        for a, b in zip(*map(jax.tree.leaves, (run[0][1], gradients)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * max(1e-3, np.abs(a).max()))
+
+
+def test_recomputed_unet_blocks_have_the_same_gradients():
+    cfg = config.Net(channels=8, scan_safe=True)
+    x, emb = jnp.asarray(XT), jnp.ones((2, 5))
     rng = np.random.default_rng(0)
-    return tree.unflatten([leaf + scale * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    shapes = jax.eval_shape(Block(cfg, 8, True).init, jax.random.key(0), x, emb)["params"]
+    params = {"params": jax.tree.map(lambda s: np.float32(rng.normal(size=s.shape)), shapes)}
+    blocks = [rematerialize(Block, remat)(cfg, 8, True) for remat in ("none", "blocks", "dots")]
+    same_gradients([lambda p, m=m: jnp.mean(m.apply(p, x, emb) ** 3) for m in blocks], params)
 
 
-@pytest.fixture(scope="module")
-def small():
-    model = model_of(**SMALL)
-    return model, perturbed(jax.jit(model.init)(key(0, "init")))
+def test_a_recomputed_scan_has_the_same_gradients():
+    models = [model_of("dit", remat=remat) for remat in ("none", "blocks")]
+    t = models[0].process.time(jnp.float32(SIGMA))
+    losses = [lambda p, m=m: jnp.mean((m.apply(p, XT, t)[0].x0 - XT) ** 2) for m in models]
+    same_gradients(losses, arbitrary(models[0]))
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "dit"])
+def test_recomputation_repeats_what_it_says(arch):
+    """Blocks repeat nearly a whole forward pass; dots repeat attention alone."""
+    costs = {
+        remat: flops.train_step(shallow(arch, remat=remat)).by_primitive
+        for remat in ("none", "blocks", "dots")
+    }
+    once = sum(flops.forward(shallow(arch)).by_primitive.values())
+    total = {remat: sum(cost.values()) for remat, cost in costs.items()}
+    assert total["none"] < total["dots"] < total["blocks"] <= total["none"] + once
+    assert total["blocks"] > total["none"] + 0.5 * once
+    assert costs["dots"].get("conv_general_dilated", 0) == costs["none"].get("conv_general_dilated", 0)
+
+
+def test_dropout_needs_a_key_and_is_drawn_from_it():
+    model = model_of("dit", dropout=0.5)
+    params, t = arbitrary(model), model.process.time(jnp.float32(SIGMA))
+
+    def call(key):
+        return model.apply(params, XT, t, dropout_key=key)[0].x0
+
+    run = jax.jit(call, compiler_options=FAST_COMPILE)
+    first, second = run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(first, run(jax.random.key(0)))
+    assert np.abs(first - second).max() > 1e-3
+    assert "random_bits" not in str(jax.make_jaxpr(lambda: call(None))())
 
 
 @pytest.mark.parametrize(
-    ("size_px", "net", "millions"),
+    ("name", "size", "millions"),
     [
-        (32, {"channels": 128, "mults": (2, 2, 2), "blocks": 4, "attention": (16,)}, 55.73),
-        (64, {"channels": 128, "mults": (1, 2, 2, 2), "blocks": 4, "attention": (16,)}, 61.80),
+        ("ddpmpp-cifar10", 32, 55.73),
+        ("ddpmpp-ffhq64", 64, 61.80),
+        ("ncsnpp-ffhq64", 64, 62.76),
+        ("adm-imagenet64", 64, 295.90),
     ],
 )
-def test_ddpmpp_has_the_published_size(size_px, net, millions):
-    model = model_of(size_px, 3, **net)
-    count = size(jax.eval_shape(lambda: model.init(key(0, "init"))))
-    assert count / 1e6 == pytest.approx(millions, abs=0.01)
-
-
-def test_gates_of_one_change_nothing_and_zero_silences(small):
-    model, params = small
-    xt, t = jax.random.normal(key(0, "x"), (2, 16, 16, 1)), jnp.array([0.4, 0.7])
-    gates = model.gates()
-    run = jax.jit(lambda g: model.denoiser(params, g)(xt, t, None).x0)
-    plain = run(None)
-    np.testing.assert_allclose(run(gates), plain, atol=1e-5)
-    for name, _ in named_leaves(gates):
-        # One neuron off: the output must move, whichever layer it is in.
-        off = jax.tree_util.tree_map_with_path(
-            lambda path, g, name=name: (
-                g.at[0].set(0.0) if jax.tree_util.keystr(path, simple=True, separator="/") == name else g
-            ),
-            gates,
-        )
-        assert np.abs(run(off) - plain).max() > 1e-4, name
-
-
-def test_gates_may_differ_per_example(small):
-    model, params = small
-    xt, t = jax.random.normal(key(0, "x"), (2, 16, 16, 1)), jnp.array([0.5, 0.5])
-    gates = model.gates()
-    plain = model.denoiser(params, gates)(xt, t, None).x0
-    where = gates["mid8_0"]["out_gate"]["gate"]
-    gates["mid8_0"]["out_gate"]["gate"] = jnp.stack([where, where * 0])[:, None, None, :]
-    both = model.denoiser(params, gates)(xt, t, None).x0
-    np.testing.assert_allclose(both[0], plain[0], atol=1e-5)
-    assert np.abs(both[1] - plain[1]).max() > 1e-3
-
-
-def test_taps_return_named_activations_only_on_request(small):
-    model, params = small
-    xt, t = jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.6])
-    _, nothing = model.apply(params, xt, t)
-    assert nothing == {}
-    _, tapped = model.apply(params, xt, t, taps=("*/attention/map", "mid8_0/hidden"))
-    assert tapped["mid8_0/hidden"].shape == (2, 8, 8, 32)
-    maps = tapped["mid8_0/attention/map"]
-    np.testing.assert_allclose(maps.sum(-1), 1.0, rtol=1e-5)
-
-
-def test_attention_bias_masks_a_position(small):
-    model, params = small
-    xt, t = jax.random.normal(key(0, "x"), (1, 16, 16, 1)), jnp.array([0.5])
-    bias = {"mid8_0": {"attention": {"bias": jnp.zeros((64, 64)).at[:, 3].set(-1e9)}}}
-    _, tapped = model.apply(params, xt, t, attn_bias=bias, taps=("mid8_0/attention/map",))
-    assert float(tapped["mid8_0/attention/map"][..., 3].max()) == 0.0
-
-
-def test_absent_gates_and_taps_cost_nothing(small):
-    """The program without gates and taps holds neither: fewer multiplications and fewer outputs."""
-    model, params = small
-    inputs = jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.6])
-
-    def text(fn):
-        return jax.jit(fn).lower(*inputs).as_text()
-
-    plain = text(lambda x, t: model.apply(params, x, t)[0].x0)
-    tapped = text(lambda x, t: model.apply(params, x, t, taps=("*",))[0].x0)
-    gated = text(lambda x, t: model.apply(params, x, t, gates=model.gates())[0].x0)
-    assert tapped == plain  # taps nobody reads leave no trace
-    count = len(jax.tree.leaves(model.gates()))
-    assert gated.count("stablehlo.multiply") == plain.count("stablehlo.multiply") + count
-
-
-def test_preconditioning_is_edm(small):
-    """D = c_skip x + c_out F(c_in x, ln(sigma)/4), by hand in float64 around the raw network."""
-    model, params = small
-    sigma, sd = np.array([0.05, 3.0]), 0.5
-    x = np.random.default_rng(0).normal(size=(2, 16, 16, 1))
-    c_in = 1 / np.sqrt(sigma**2 + sd**2)
-    raw = model.net.apply(
-        {"params": params["net"]},
-        jnp.float32(x * c_in[:, None, None, None]),
-        jnp.float32(np.log(sigma) / 4),
-    )
-    c_skip = sd**2 / (sigma**2 + sd**2)
-    c_out = sigma * sd / np.sqrt(sigma**2 + sd**2)
-    expected = c_skip[:, None, None, None] * x + c_out[:, None, None, None] * np.asarray(raw, np.float64)
-    t = model.process.time(jnp.float32(sigma))
-    np.testing.assert_allclose(model.denoiser(params)(jnp.float32(x), t, None).x0, expected, atol=2e-4)
-
-
-def test_labels_change_the_prediction():
-    model = model_of(channels=16, mults=(1,), blocks=1, attention=(), patch=4, classes=3)
-    params = perturbed(jax.jit(model.init)(key(0, "init")))
-    xt, t = jnp.ones((2, 16, 16, 1)), jnp.array([0.5, 0.5])
-    cond = model.embed(params, jnp.array([0, 2]))
-    assert cond.shape == (2, 16)
-
-    @jax.jit
-    def out_and_gradient(cond):
-        out, pull = jax.vjp(lambda c: model.denoiser(params)(xt, t, c).x0, cond)
-        return out, pull(jnp.ones_like(out))[0]
-
-    out, gradient = out_and_gradient(cond)
-    assert np.abs(out[0] - out[1]).max() > 1e-4
-    assert np.abs(gradient).max() > 0  # the condition can be differentiated
-
-
-def test_scan_safe_convolution_has_the_plain_gradients():
-    rng = np.random.default_rng(0)
-    x, k, dy = (jnp.float32(rng.normal(size=s)) for s in ((3, 6, 6, 4), (3, 3, 4, 5), (3, 6, 6, 5)))
-
-    def plain(x, k):
-        return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    out, pull = jax.vjp(plain, x, k)
-    safe, pull_safe = jax.vjp(conv_scan_safe, x, k)
-    np.testing.assert_allclose(out, safe, atol=1e-5)
-    for a, b in zip(pull(dy), pull_safe(dy), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_space_to_depth_round_trip():
-    x = jnp.arange(2 * 8 * 8 * 3, dtype=jnp.float32).reshape(2, 8, 8, 3)
-    np.testing.assert_array_equal(depth_to_space(space_to_depth(x, 2), 2), x)
-    np.testing.assert_array_equal(space_to_depth(x, 2)[0, 0, 0], x[0, :2, :2].reshape(-1))
+def test_unets_have_the_published_size(name, size, millions):
+    model = make_model(config.Config(data=config.Data(size=size), net=SIZES[name]), 3)
+    assert flops.parameters(model) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
 @pytest.mark.parametrize(
     ("net", "image_size", "words"),
     [
-        ({"mults": (1, 2, 2)}, 18, ("data.size = 18", "multiple of 4", "16")),
+        ({"mults": (1, 2, 2)}, 18, ("data.size = 18", "multiple of 4", "set data.size to 16")),
         ({"channels": 6}, 16, ("net.channels = 6", "multiple of 4")),
         ({"mults": ()}, 16, ("net.mults",)),
+        ({"mults": (1, 0)}, 16, ("net.mults = (1, 0)",)),
+        ({"blocks": 0}, 16, ("net.blocks = 0",)),
+        ({"patch": 0}, 16, ("net.patch = 0",)),
+        ({"classes": -1}, 16, ("net.classes = -1",)),
+        ({"vector": -4}, 16, ("net.vector = -4",)),
         ({"dropout": 1.0}, 16, ("net.dropout = 1.0",)),
+        ({"condition_dropout": 1.5, "classes": 3}, 16, ("net.condition_dropout = 1.5",)),
+        ({"condition_dropout": 0.1}, 16, ("net.condition_dropout = 0.1", "net.classes")),
         ({"sigma_data": 0.0}, 16, ("net.sigma_data = 0.0",)),
+        ({"sigma_data": 0.3, "prediction": "v"}, 16, ("net.sigma_data = 0.3", "edm")),
+        ({"head_channels": 7, "mults": (1, 2)}, 16, ("net.head_channels = 7", "16 channels", "set it to 8")),
+        ({"arch": "dit", "patch": 3}, 16, ("data.size = 16", "multiple of 3", "15")),
+        ({"arch": "dit", "head_channels": 12}, 16, ("net.head_channels = 12", "16 channels")),
+        ({"arch": "dit", "mults": (1, 2)}, 16, ("net.mults = (1, 2)", "DiT")),
+        ({"arch": "dit", "attention": (8,)}, 16, ("net.attention = (8,)", "DiT")),
+        ({"arch": "dit", "scan_safe": True}, 16, ("net.scan_safe = True", "DiT")),
     ],
 )
 def test_bad_networks_are_named(net, image_size, words):
+    net = config.Net(**{"channels": 16, **net})
     with pytest.raises(UserError) as caught:
-        model_of(image_size, **{"channels": 16, **net})
+        make_model(config.Config(data=config.Data(size=image_size), net=net), 1)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)

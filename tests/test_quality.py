@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.decomposition import PCA
+from sklearn.metrics.pairwise import polynomial_kernel
 
 from mdiff.errors import UserError
 from mdiff.features.pixel import PixelPCA, flatten, mirror
@@ -64,6 +65,21 @@ def test_a_resample_leaves_out_pairs_of_one_row(kind):
         pairs, f, sign = quality.kernel(a, b, 1.3), lambda u, v: np.exp(-np.sum((u - v) ** 2) / 3.38), -1
     truth = sign * loop(f, a[index_a], b[index_b], index_a, index_b)
     assert pairs(*weights)[0] == pytest.approx(truth, rel=1e-10)
+
+
+def test_kid_is_scikit_learns_kernel():
+    rng = np.random.default_rng(10)
+    a, b = rng.normal(size=(14, 5)), rng.normal(0.4, 1, size=(11, 5))
+
+    def mean(x, y, leave):
+        values = polynomial_kernel(x, y, degree=3, gamma=1 / 5, coef0=1)
+        return (values.sum() - leave * np.trace(values)) / (values.size - leave * len(x))
+
+    truth = mean(a, a, 1) + mean(b, b, 1) - 2 * mean(a, b, 0)
+    pairs = quality.polynomial(a, b)
+    assert pairs(np.ones((1, 14)), np.ones((1, 11)))[0] == pytest.approx(truth, rel=1e-10)
+    apart = quality.polynomial(a + 5, b)
+    assert apart(np.ones((1, 14)), np.ones((1, 11)))[0] > 10 * abs(truth)
 
 
 def test_a_resample_of_one_row_is_undefined():
@@ -153,6 +169,19 @@ def test_components_are_those_of_scikit_learn():
     projected = theirs.transform(np.float64(np.float32(images)).reshape(60, 16))
     np.testing.assert_allclose(np.abs(ours(images)), np.abs(projected), atol=1e-9)
     np.testing.assert_array_equal(ours.transform(images), ours(images))
+
+
+@pytest.mark.parametrize("shape", [(600, 5, 5, 25), (700, 9, 9, 7)])
+def test_components_of_large_sets(shape):
+    rng = np.random.default_rng(9)
+    images = np.tanh(rng.normal(size=(shape[0], 40)) @ rng.normal(size=(40, np.prod(shape[1:]))) / 9)
+    images = np.float32(images + 1e-3 * rng.normal(size=images.shape)).reshape(shape)
+    rows = np.float64(images).reshape(len(images), -1)
+    ours, theirs = PixelPCA.fit(images, 6), PCA(6, svd_solver="full").fit(rows)
+    np.testing.assert_allclose(np.abs(ours.components @ theirs.components_.T), np.eye(6), atol=1e-7)
+    np.testing.assert_allclose(ours.components @ ours.components.T, np.eye(6), atol=1e-12)
+    flat = np.repeat(images[:3], 300, axis=0)  # two dimensions
+    assert PixelPCA.fit(flat, 6).name == "pca2-pixel"
 
 
 def test_components_are_no_more_than_the_images_span():

@@ -290,7 +290,7 @@ def subset_of(cfg: Config):
 def raw_batches(cfg: Config, steps, count: int = 1):
     """Global batches by step, put together from `count` processes."""
     subset = subset_of(cfg)
-    readers = [make_reader(cfg, subset, process, count, steps[0]) for process in range(count)]
+    readers = [make_reader(cfg, subset, process, count) for process in range(count)]
     for step in steps:
         parts = [reader.batch(step) for reader in readers]
         assert all(len(column) == cfg.train.batch // count for part in parts for column in part.values())
@@ -332,7 +332,7 @@ def test_any_step_can_be_asked_for(places):
     walk = [reader.batch(step) for step in range(9)]
     for step in (4, 5, 2, 2, 8, 0):
         np.testing.assert_array_equal(reader.batch(step)["id"], walk[step]["id"])
-    late = make_reader(cfg, subset, start_step=6)
+    late = make_reader(cfg, subset)
     np.testing.assert_array_equal(late.batch(6)["x"], walk[6]["x"])
     np.testing.assert_array_equal(late.batch(10**9)["id"], stream_ids(cfg, subset, 10**9))
     # Grain's own state is the step.

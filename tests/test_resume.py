@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split(
     "--net.channels 16 --net.mults 1 --net.blocks 1 --net.patch 4 --train.batch 8 --train.steps 30 "
     "--train.save-every 7 --train.log-every 5 --train.warmup 3 --train.eval-every 0 --train.eval-samples 8 "
-    "--sample.steps 2 --sample.n 16 --sample.batch 4 --data.n 10 --data.heldout 10"
+    "--sample.steps 2 --sample.n 16 --sample.batch 4 --data.n 10 --data.heldout 10 "
+    "--train.optimizer adamw --train.weight-decay 0.01 --train.schedule inverse_sqrt --train.ema-lengths 0.05 0.1 --train.ema-every 10"
 )
 
 
@@ -85,13 +86,14 @@ import sys, numpy as np, jax
 from pathlib import Path
 from mdiff import config
 from mdiff.nets.denoiser import make_model
-from mdiff.train import checkpoint, mesh, state, workdir
+from mdiff.train import checkpoint, mesh, optim, state, workdir
 from mdiff.trees import named_leaves
 for where in sys.argv[1:]:
     folder, stored = Path(where), workdir.read(Path(where))
     model = make_model(stored.config, stored.shape[-1])
-    optimizer = state.make_optimizer(stored.config.train)
-    abstract = state.plan_state(model, optimizer, 0, mesh.make_mesh(config.Mesh()))[1]
+    optimizer = optim.make_optimizer(stored.config.train)
+    lengths = stored.config.train.ema_lengths
+    abstract = state.plan_state(model, optimizer, 0, mesh.make_mesh(config.Mesh()), lengths)[1]
     with checkpoint.open_run(folder, stored.config.train) as found:
         restored, meta = found.restore(abstract, print)
     leaves = {name.replace("/", "|"): np.asarray(leaf) for name, leaf in named_leaves(restored)}
@@ -244,7 +246,7 @@ assert len(jax.devices()) == 2
 
 def run(name, devices, steps, **axes):
     mesh.make_mesh = lambda cfg, _=None: real_mesh(cfg, jax.devices()[:devices])
-    cfg = replace(lab.training(steps=steps, log_every=1), mesh=config.Mesh(**axes))
+    cfg = replace(lab.training(steps=steps, log_every=1, ema_lengths=(0.1,)), mesh=config.Mesh(**axes))
     state = lab.run(out / name, cfg).state
     kernel = state.params["net"]["b"]["kernel"]
     assert len(kernel.sharding.device_set) == devices
@@ -252,6 +254,7 @@ def run(name, devices, steps, **axes):
     assert shard == ((16, 32) if axes.get("fsdp") == 2 else (16, 64)), shard
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (16, 64)]
     assert len(moments) == 2 and all(m.sharding == kernel.sharding for m in moments)
+    assert state.profiles["0.1"]["net"]["b"]["kernel"].sharding == kernel.sharding
     return jax.device_get(state)
 
 def close(a, b):

@@ -11,7 +11,7 @@ import shutil
 import signal
 import struct
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from mdiff import config
+from mdiff.data.reader import make_reader
 from mdiff.data.source import Images
 from mdiff.data.split import split
 from mdiff.data.stream import indices
@@ -32,8 +33,8 @@ from mdiff.keys import key
 from mdiff.nets.denoiser import Model
 from mdiff.objectives import ambient
 from mdiff.process.laws import make_process
-from mdiff.recipes import experiment
-from mdiff.train import checkpoint, loop, mesh, metrics, state, workdir
+from mdiff.recipes import runs
+from mdiff.train import checkpoint, loop, mesh, metrics, optim, state, workdir
 from mdiff.train.ledger import Ledger
 
 
@@ -74,7 +75,7 @@ def training(**fields) -> config.Config:
 
 
 def run(folder, cfg=CFG, watch=None, evaluator=None, init_from=None) -> loop.Outcome:
-    objective = ambient.make(MODEL, cfg.loss)
+    objective = ambient.make(MODEL, cfg)
     return loop.train(cfg, MODEL, objective, SUBSET, Path(folder), watch or Watch(), evaluator, init_from)
 
 
@@ -236,7 +237,7 @@ def test_order_evaluate_then_checkpoint_then_step(tmp_path):
 
 
 def abstract():
-    optimizer = state.make_optimizer(CFG.train)
+    optimizer = optim.make_optimizer(CFG.train)
     return state.plan_state(MODEL, optimizer, CFG.seed, mesh.make_mesh(CFG.mesh))[1]
 
 
@@ -371,6 +372,36 @@ def test_what_may_change(copy):
     assert int(run(copy, cfg).state.step) == 32
 
 
+def test_a_run_of_before_the_newer_fields_is_the_same_run(copy, whole):
+    """config.json of an older version lacks fields that now have defaults, and its digest is another one."""
+    path = copy / "config.json"
+    tree = json.loads(path.read_text())
+    tree["config"]["loss"] = {"p_mean": -1.2, "cutoff": 0.0}
+    tree["config"]["train"] = {"steps": 30, "lr": 0.01}
+    path.write_text(json.dumps({**tree, "digest": "of an older version"}))
+    assert same(run(copy).state, whole[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OldState:
+    """The state before there were power-function averages."""
+
+    step: jax.Array
+    params: object
+    ema: object
+    opt_state: object
+
+
+def test_a_checkpoint_of_before_the_averages_restores(tmp_path, whole):
+    fresh = run(tmp_path / "new", training(steps=3)).state
+    old = OldState(fresh.step, fresh.params, fresh.ema, fresh.opt_state)
+    with checkpoint.Checkpoints(tmp_path / "checkpoints", 3) as stored:
+        stored.save(old, {"ledger": {}})
+    restored, said = restore(tmp_path)
+    assert said == [] and same(restored[0], fresh) and restored[0].profiles == {}
+
+
 def test_odd_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("a b/ünï çødé 漢字")
@@ -452,7 +483,7 @@ def test_a_state_whose_next_step_diverges_is_not_kept(tmp_path):
 
 def test_step_is_traced_once_and_donates(tmp_path):
     traces = []
-    objective = ambient.make(MODEL, CFG.loss)
+    objective = ambient.make(MODEL, CFG)
 
     def counted(params, key, batch):
         traces.append(1)
@@ -462,15 +493,16 @@ def test_step_is_traced_once_and_donates(tmp_path):
     assert len(traces) == 1
 
     device_mesh = mesh.make_mesh(CFG.mesh)
-    optimizer = state.make_optimizer(CFG.train)
+    optimizer = optim.make_optimizer(CFG.train)
     fresh, shapes = state.plan_state(MODEL, optimizer, 0, device_mesh)
     old = fresh()
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), old) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
     step = state.make_step(objective, optimizer, loop.make_batch_fn(CFG), CFG.train, 0)
-    pool = loop.make_pool(SUBSET, device_mesh)
-    jax.jit(step, donate_argnums=0)(old, pool, jnp.asarray(indices(0, 0, 8, SUBSET.slots)))
+    pool = jax.device_put(make_reader(CFG, SUBSET).resident)
+    rows = {"index": jnp.asarray(indices(0, 0, 8, SUBSET.slots))}
+    jax.jit(step, donate_argnums=0)(old, pool, rows)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.ema)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(pool))
 
@@ -510,10 +542,10 @@ def test_average_in_a_step_is_the_weighted_mean(whole):
     seen = np.asarray(before.ema["net"]["b"]["kernel"], np.float64)
     cfg = training(steps=1)
     step = state.make_step(
-        ambient.make(MODEL, CFG.loss), state.make_optimizer(cfg.train), loop.make_batch_fn(CFG), cfg.train, 0
+        ambient.make(MODEL, CFG), optim.make_optimizer(cfg.train), loop.make_batch_fn(CFG), cfg.train, 0
     )
-    index = jnp.asarray(indices(0, 28, 8, SUBSET.slots))
-    after, _ = jax.jit(step)(before, loop.make_pool(SUBSET, mesh.make_mesh(CFG.mesh)), index)
+    rows = {"index": jnp.asarray(indices(0, 28, 8, SUBSET.slots))}
+    after, _ = jax.jit(step)(before, make_reader(CFG, SUBSET).resident, rows)
     new = np.asarray(after.params["net"]["b"]["kernel"], np.float64)
     rate = 0.5 ** (8 / (0.05 * 29 * 8))  # 5 % of the images seen is less than the half-life
     np.testing.assert_allclose(after.ema["net"]["b"]["kernel"], rate * seen + (1 - rate) * new, atol=1e-7)
@@ -522,7 +554,7 @@ def test_average_in_a_step_is_the_weighted_mean(whole):
 @pytest.mark.parametrize(("warmup", "rates"), [(4, [0, 0.25, 0.5, 0.75, 1, 1]), (0, [1, 1, 1])])
 def test_warm_up(warmup, rates):
     # Under a constant gradient Adam moves by exactly the learning rate, whatever the gradient's size.
-    optimizer = state.make_optimizer(config.Train(lr=0.1, warmup=warmup, clip=1.0))
+    optimizer = optim.make_optimizer(config.Train(lr=0.1, warmup=warmup, clip=1.0))
     params, gradient = {"w": jnp.zeros(3)}, {"w": jnp.array([3.0, -40.0, 0.5])}
     memory = optimizer.init(params)
     for rate in rates:
@@ -533,7 +565,7 @@ def test_warm_up(warmup, rates):
 
 def test_clipping_bounds_the_gradient():
     # Before Adam: a gradient 1000 times as long leaves the same first moment when both are clipped.
-    optimizer = state.make_optimizer(config.Train(clip=1.0))
+    optimizer = optim.make_optimizer(config.Train(clip=1.0))
     gradient = {"w": jnp.array([3.0, 4.0])}
     _, memory = optimizer.update(gradient, optimizer.init(gradient), gradient)
     moment = next(leaf for leaf in jax.tree.leaves(memory) if leaf.shape == (2,))
@@ -559,24 +591,24 @@ def test_starts_from_given_weights_and_ignores_them_on_resume(whole, tmp_path):
 
 @pytest.fixture
 def tiny_models(monkeypatch):
-    monkeypatch.setattr(experiment, "make_model", lambda cfg, channels: MODEL)
+    monkeypatch.setattr(runs, "make_model", lambda cfg, channels: MODEL)
 
 
 def test_load_params_of_a_run_and_of_one_checkpoint(whole, tiny_models, tmp_path, monkeypatch):
     folder, final = whole
-    params, step = experiment.load_params(folder, Watch(), like=MODEL)
+    params, step = runs.load_params(folder, Watch(), like=MODEL)
     assert step == 30 and same(params, final.ema)
-    older, step = experiment.load_params(folder / "checkpoints" / "21", Watch(), like=MODEL)
+    older, step = runs.load_params(folder / "checkpoints" / "21", Watch(), like=MODEL)
     assert step == 21 and not same(older, params)
     monkeypatch.chdir(folder / "checkpoints")
-    assert experiment.load_params(Path("21"), Watch())[1] == 21
+    assert runs.load_params(Path("21"), Watch())[1] == 21
     for where, part in ((folder / "checkpoints" / "22", "22"), (tmp_path, "no run here")):
         with pytest.raises(UserError) as caught:
-            experiment.load_params(where, Watch())
+            runs.load_params(where, Watch())
         assert part in one_line(caught)
     other = replace(MODEL, net=_Wide())
     with pytest.raises(UserError) as caught:
-        experiment.load_params(folder, Watch(), like=other)
+        runs.load_params(folder, Watch(), like=other)
     assert "its network differs" in one_line(caught)
 
 

@@ -42,7 +42,6 @@ def make_reader(
     subset: Subset,
     process_index: int = 0,
     process_count: int = 1,
-    start_step: int = 0,
 ) -> Reader:
     """The reader that data.reading asks for.
 
@@ -52,7 +51,6 @@ def make_reader(
       process_index: which of the processes this is; its rows are the `process_index`-th equal part of the
         batch.
       process_count: how many processes share the batch.
-      start_step: the step that will be asked for first.
 
     Raises:
       UserError: an augmentation is out of range, the processes do not divide the batch, or the network is
@@ -67,7 +65,7 @@ def make_reader(
     rows = Rows(cfg.seed, cfg.train.batch, subset.slots, process_index, process_count)
     columns = _columns(cfg, subset)
     if cfg.data.reading == "disk":
-        return DiskReader(subset.train.x, columns, rows, start_step)
+        return DiskReader(subset.train.x, columns, rows)
     return MemoryReader(np.asarray(subset.train.x), columns, rows)
 
 
@@ -123,7 +121,7 @@ class DiskReader:
     What is read for a step depends on the step alone, so there is no iterator state to store.
     """
 
-    def __init__(self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows, start: int) -> None:
+    def __init__(self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows) -> None:
         import grain
 
         self.resident: dict[str, np.ndarray] = {}
@@ -131,7 +129,7 @@ class DiskReader:
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         batches: Any = grain.MapDataset.source(_Batches(x, columns, rows))
         self._iterator = iter(batches.to_iter_dataset(ahead))
-        self._seek(start)
+        self._next = -1  # reading ahead begins where the first batch is asked for
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         if step != self._next:

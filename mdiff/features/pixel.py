@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from scipy.linalg import eigh
 
 from mdiff.errors import UserError
 from mdiff.types import to_float
 
 _ROWS = 4096  # rows projected at once; bounds the float64 copy
+_LARGE = 512  # rows and pixels above which a few components are found without a full decomposition
 
 
 class Features(Protocol):
@@ -69,7 +71,7 @@ class PixelPCA:
 
     @staticmethod
     def fit(images: np.ndarray, k: int) -> PixelPCA:
-        """Fits by a float64 singular value decomposition.
+        """Fits in float64, by a singular value decomposition or, of large sets, by their products' eigenvectors.
 
         Args:
           images: [N,H,W,C] uint8 or float in [-1, 1].
@@ -82,7 +84,7 @@ class PixelPCA:
             raise UserError(f"audit.components = {k}: at least 1 principal component is needed")
         rows = flatten(images).astype(np.float64)
         mean = rows.mean(0)
-        _, scale, basis = np.linalg.svd(rows - mean, full_matrices=False)
+        scale, basis = _leading(rows - mean, k)
         # float32 pixels carry about seven digits: directions below that are rounding
         rank = int(np.sum(scale > 1e-6 * max(scale[0], 1e-6)))
         k = min(k, rank)
@@ -105,3 +107,21 @@ class PixelPCA:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """The same as `transform`."""
         return self.transform(images)
+
+
+def _leading(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Singular values and right singular vectors [.,D] of rows [N,D]: all of them, or of large sets the first k."""
+    n = min(rows.shape)
+    if n <= _LARGE or k > n // 8:
+        _, scale, basis = np.linalg.svd(rows, full_matrices=False)
+        return scale, basis
+    wide = rows.shape[1] > len(rows)
+    gram = rows @ rows.T if wide else rows.T @ rows
+    values, vectors = eigh(gram, subset_by_index=(n - k, n - 1))
+    scale = np.sqrt(np.maximum(values[::-1], 0.0))
+    vectors = vectors[:, ::-1]
+    if not wide:
+        return scale, vectors.T
+    # Products square the condition; a second pass restores orthonormal rows.
+    basis, _ = np.linalg.qr(rows.T @ vectors)
+    return scale, basis.T

@@ -1,14 +1,19 @@
-"""From a network to a denoiser: EDM preconditioning (arXiv 2206.00364, eq. 7 and table 1).
+"""From a network to a denoiser: what its input, its time and its output are.
 
-D(xt, sigma) = c_skip xt + c_out F(c_in xt, c_noise),
-c_skip = sd^2 / (s^2 + sd^2),  c_out = s sd / sqrt(s^2 + sd^2),
-c_in = 1 / sqrt(s^2 + sd^2),   c_noise = ln(s) / 4.
+EDM's preconditioning (arXiv 2206.00364, eq. 7 and table 1) is stated for x = xt / alpha at the noise level
+s = sigma / alpha. Multiplied out, with the data's standard deviation sd, it is finite at alpha = 0 too:
+
+    x0 = c_skip xt + c_out F(c_in xt, c_noise),    r^2 = sigma^2 + alpha^2 sd^2,
+    c_skip = alpha sd^2 / r^2,  c_out = sigma sd / r,  c_in = 1 / r,  c_noise = ln(s) / 4.
+
+Otherwise F is x0, eps, v or the velocity itself, of a network that sees xt (for the variance-exploding process
+xt / sqrt(1 + sigma^2)) and 1000 t.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from mdiff import config
-from mdiff.nets import unet
+from mdiff.errors import UserError
+from mdiff.nets import dit, unet
+from mdiff.nets.check import check
+from mdiff.nets.embeddings import Conditions, LevelUncertainty
 from mdiff.nets.layers import BIASES, GATES, TAPS
 from mdiff.process.gaussian import GaussianProcess, bcast
-from mdiff.process.laws import make_process
+from mdiff.process.laws import VarianceExploding, make_process
 from mdiff.trees import named_leaves
 from mdiff.types import Array, Denoiser, Key, Params, Prediction
 
@@ -31,10 +39,12 @@ class Model:
 
     Attributes:
       net: module `(x, c_noise, cond, train) -> [B,H,W,C]`.
-      embedding: module `(label [B]) -> cond [B,E]`, or None.
+      embedding: module `(entries, n, drop) -> cond [B,E]`, or None for an unconditional model.
       process: the noise law that gives times their meaning.
       sigma_data: standard deviation of the data assumed by the preconditioning.
       shape: (H, W, C) of one image.
+      prediction: what the output stands for, as in `config.Net`.
+      uncertainty: module `(c_noise [B]) -> u [B]` of the learned loss weight, or None.
     """
 
     net: nn.Module
@@ -42,25 +52,60 @@ class Model:
     process: GaussianProcess
     sigma_data: float
     shape: tuple[int, int, int]
+    prediction: str = "edm"
+    uncertainty: nn.Module | None = None
 
     def init(self, key: Key) -> Params:
-        """Fresh parameters, `{"net": …}` and `{"embedding": …}` when there are labels."""
+        """Fresh parameters: `{"net": …}`, `{"embedding": …}` of conditions, `{"uncertainty": …}` of the loss."""
         key_net, key_embedding = jax.random.split(key)
         x, c, cond = jnp.zeros((1, *self.shape)), jnp.zeros((1,)), None
         params = {}
         if self.embedding is not None:
-            label = jnp.zeros((1,), jnp.int32)
-            params["embedding"] = self.embedding.init(key_embedding, label)["params"]
-            cond = self.embedding.apply({"params": params["embedding"]}, label)
-        params["net"] = self.net.init(key_net, x, c, cond)["params"]
+            params["embedding"] = self.embedding.init(key_embedding, {}, 1)["params"]
+            cond = self.condition(params, {}, n=1)
+        params["net"] = self.net.init(key_net, x, c, cond).get("params", {})
+        if self.uncertainty is not None:
+            params["uncertainty"] = self.uncertainty.init(jax.random.fold_in(key, 2), c)["params"]
         return params
 
-    def embed(self, params: Params, label: Array | None) -> Array | None:
-        """Conditions [B,E] of the labels [B]; None for a model without labels."""
-        if self.embedding is None or label is None:
+    def condition(
+        self,
+        params: Params,
+        batch: Mapping[str, Array],
+        n: int | None = None,
+        drop: Array | None = None,
+    ) -> Array | None:
+        """The condition of a batch, as one embedding per example.
+
+        Args:
+          params: from `init`.
+          batch: entries `label` int [B], `vector` [B,V], `augment` [B,9] are used as far as the model has
+            such a condition; a missing one is null. Other entries are ignored.
+          n: the batch size B; needed only when `batch` is empty.
+          drop: [B] bool, examples whose label and vector become null (classifier-free training).
+
+        Returns:
+          [B,E] float32, or None for an unconditional model. `condition(params, {}, n=B)` is the null condition.
+
+        Raises:
+          UserError: a condition has another width than the model's, or the batch size is unknown.
+        """
+        if self.embedding is None:
             return None
-        cond: Array = self.embedding.apply({"params": params["embedding"]}, label)  # type: ignore[assignment]
+        if n is None:
+            if not batch:
+                raise UserError("condition: the batch is empty; give its size n")
+            n = len(next(iter(batch.values())))
+        cond: Array = self.embedding.apply({"params": params["embedding"]}, batch, n, drop)  # type: ignore[assignment]
         return cond
+
+    def log_variance(self, params: Params, sigma: Array) -> Array | None:
+        """The learned log variance u [B] of the loss at noise levels sigma [B]; None unless it is learned."""
+        if self.uncertainty is None:
+            return None
+        c_noise = _c_noise(jnp.ones_like(sigma), sigma)
+        u: Array = self.uncertainty.apply({"params": params["uncertainty"]}, c_noise)  # type: ignore[assignment]
+        return u
 
     def gates(self) -> Params:
         """All gates of the network, set to one: the identity ablation."""
@@ -85,21 +130,18 @@ class Model:
           params: from `init`.
           xt: [B,H,W,C] noisy images.
           t: [B] times in [0, 1].
-          cond: [B,E] condition, already embedded, or None.
+          cond: [B,E] condition, already embedded; None is the null condition.
           gates: a pytree like `gates()`; None leaves every neuron on.
-          attn_bias: `{layer: {"attention": {"bias": array}}}`, added to that layer's attention logits.
+          attn_bias: `{layer: {"attention": {"bias": array}}}`, added to that layer's attention logits
+            [B,heads,Q,K].
           taps: glob patterns over activation names, such as "mid8_0/hidden" or "*/attention/map".
           dropout_key: turns dropout on; None is deterministic.
 
         Returns:
           The prediction, and `{name: activation}` of the requested taps.
         """
-        sigma, sd = self.process.noise_level(t), self.sigma_data
-        scale = jnp.sqrt(sigma**2 + sd**2)
-        # VP and flow states are brought to unit signal scale; for VE alpha is 1.
-        x = xt / bcast(self.process.alpha(t), xt)
-        c_noise = jnp.log(jnp.maximum(sigma, 1e-20)) / 4
-
+        x, c_noise = self._inputs(xt, t)
+        cond = self.condition(params, {}, n=len(xt)) if cond is None else cond
         variables: dict[str, Any] = {"params": params["net"]}
         if gates is not None:
             variables[GATES] = gates
@@ -107,17 +149,38 @@ class Model:
             variables[BIASES] = attn_bias
         out, state = self.net.apply(
             variables,
-            x / bcast(scale, x),
+            x,
             c_noise,
             cond,
             train=dropout_key is not None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
             mutable=[TAPS] if taps else [],
         )
-        x0 = bcast(sd**2 / scale**2, x) * x + bcast(sigma * sd / scale, x) * out.astype(jnp.float32)
         named = named_leaves(state.get(TAPS, {}))
         tapped = {name: leaf for name, leaf in named if any(fnmatch.fnmatch(name, tap) for tap in taps)}
-        return self.process.from_x0(xt, x0, t), tapped
+        return self._complete(xt, out.astype(jnp.float32), t), tapped
+
+    def _inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
+        """What the network sees: the image at unit scale [B,H,W,C], and the noise level's number [B]."""
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        if self.prediction == "edm":
+            return xt / bcast(self._scale(alpha, sigma), xt), _c_noise(alpha, sigma)
+        if isinstance(self.process, VarianceExploding):
+            return xt / bcast(jnp.sqrt(1 + sigma**2), xt), 1000 * t
+        return xt, 1000 * t
+
+    def _complete(self, xt: Array, out: Array, t: Array) -> Prediction:
+        """The prediction that the network's output [B,H,W,C] stands for."""
+        if self.prediction != "edm":
+            complete: Callable[..., Prediction] = getattr(self.process, f"from_{self.prediction}")
+            return complete(xt, out, t)
+        alpha, sigma, sd = self.process.alpha(t), self.process.sigma(t), self.sigma_data
+        scale = self._scale(alpha, sigma)
+        x0 = bcast(alpha * sd**2 / scale**2, xt) * xt + bcast(sigma * sd / scale, xt) * out
+        return self.process.from_x0(xt, x0, t)
+
+    def _scale(self, alpha: Array, sigma: Array) -> Array:
+        return jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
 
     def denoiser(self, params: Params, gates: Params | None = None) -> Denoiser:
         """The restriction samplers and probes see: `(xt, t, cond) -> Prediction`."""
@@ -128,16 +191,30 @@ class Model:
         return denoise
 
 
+def _c_noise(alpha: Array, sigma: Array) -> Array:
+    return (jnp.log(jnp.maximum(sigma, 1e-20)) - jnp.log(jnp.maximum(alpha, 1e-20))) / 4
+
+
 def make_model(cfg: config.Config, channels: int) -> Model:
     """The model a config describes, for images with `channels` channels.
 
     Raises:
-      UserError: the network cannot process the image size (see `unet.check`).
+      UserError: the network cannot process the image size (see `check.check`).
     """
-    unet.check(cfg.net, cfg.data.size)
-    embedding = unet.LabelEmbedding(cfg.net.classes, cfg.net.channels) if cfg.net.classes else None
-    shape = (cfg.data.size, cfg.data.size, channels)
-    return Model(unet.UNet(cfg.net), embedding, make_process(cfg.process), cfg.net.sigma_data, shape)
+    net, augment = cfg.net, cfg.data.augment > 0
+    check(net, cfg.data.size)
+    is_dit = net.arch == "dit"
+    width = net.channels if is_dit else unet.condition_width(net)
+    conditional = net.classes or net.vector or augment
+    return Model(
+        net=dit.DiT(net) if is_dit else unet.UNet(net),
+        embedding=Conditions(net.classes, net.vector, augment, width) if conditional else None,
+        process=make_process(cfg.process),
+        sigma_data=net.sigma_data,
+        shape=(cfg.data.size, cfg.data.size, channels),
+        prediction=net.prediction,
+        uncertainty=LevelUncertainty() if cfg.loss.level_weight == "learned" else None,
+    )
 
 
 def from_sigma_fn(fn: Callable[[Array, Array], Array], process: GaussianProcess) -> Denoiser:

@@ -72,29 +72,33 @@ def edm_init(scale: float = 1.0) -> Callable[..., Array]:
 
 
 class Conv(nn.Module):
-    """3x3 stride-1 convolution; `scan_safe` picks the rule of its gradient."""
+    """3x3 stride-1 convolution computed in `dtype`; `scan_safe` picks the rule of its gradient."""
 
     features: int
     scale: float = 1.0
     scan_safe: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", edm_init(self.scale), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         return (conv_scan_safe if self.scan_safe else _conv_same)(x, kernel) + bias
 
 
 class Dense(nn.Module):
-    """Linear map of the last axis; also every 1x1 convolution (faster than one on CPU)."""
+    """Linear map of the last axis in `dtype`; also every 1x1 convolution (faster than one on CPU)."""
 
     features: int
     scale: float = 1.0
     bias: bool = True
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return nn.Dense(self.features, use_bias=self.bias, kernel_init=edm_init(self.scale), name="map")(x)
+        init = edm_init(self.scale)
+        return nn.Dense(self.features, self.bias, dtype=self.dtype, kernel_init=init, name="map")(x)
 
 
 class Gate(nn.Module):
@@ -106,7 +110,8 @@ class Gate(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if self.has_variable(GATES, "gate") or self.is_mutable_collection(GATES):
-            return x * self.variable(GATES, "gate", jnp.ones, (x.shape[-1],), jnp.float32).value
+            gate = self.variable(GATES, "gate", jnp.ones, (x.shape[-1],), jnp.float32).value
+            return x * gate.astype(x.dtype)
         return x
 
 
@@ -115,65 +120,79 @@ def tap(module: nn.Module, name: str, x: Array) -> None:
     module.sow(TAPS, name, x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-def group_norm(x: Array, name: str) -> Array:
-    """GroupNorm with min(32, C/4) groups, epsilon 1e-6; call inside a compact method."""
+def group_norm(x: Array, name: str, epsilon: float = 1e-6) -> Array:
+    """GroupNorm with min(32, C/4) groups, in float32; call inside a compact method."""
     groups = max(1, min(32, x.shape[-1] // 4))
     while x.shape[-1] % groups:
         groups -= 1
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-6, name=name)(x)
+    return nn.GroupNorm(num_groups=groups, epsilon=epsilon, name=name)(x.astype(jnp.float32))
+
+
+def attend(module: nn.Module, qkv: Array, head_channels: int, qk_norm: bool = False) -> Array:
+    """Softmax attention over N positions; call inside `module`'s compact method.
+
+    Taps of `module`: `map` [B,heads,Q,K] and `value` [B,K,C]. Its `value_gate` [C] acts on the value channels
+    of all heads; channels h*D to (h+1)*D belong to head h, D its width. A bias that broadcasts to
+    [B,heads,Q,K] may be given in the collection `attn_bias` under the module's path, name "bias".
+
+    Args:
+      module: the calling module.
+      qkv: [B,N,3C] queries, keys and values.
+      head_channels: D, the width of one head; 0 is a single head.
+      qk_norm: RMS-normalize queries and keys per head, with learned scales (arXiv 2302.05442, section 2).
+
+    Returns:
+      [B,N,C].
+    """
+    b, n, c = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    width = head_channels or c
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    v = Gate(name="value_gate")(v)
+    tap(module, "value", v)
+    q, k, v = (a.reshape(b, n, c // width, width) for a in (q, k, v))
+    if qk_norm:
+        q = nn.RMSNorm(name="norm_q")(q.astype(jnp.float32)).astype(v.dtype)
+        k = nn.RMSNorm(name="norm_k")(k.astype(jnp.float32)).astype(v.dtype)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / width**0.5
+    if module.has_variable(BIASES, "bias"):
+        logits = logits + module.get_variable(BIASES, "bias")
+    weights = nn.softmax(logits)
+    tap(module, "map", weights)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v).reshape(b, n, c)
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over pixels, residual; taps `map` [B,Q,K] and `value` [B,K,C].
+    """Residual self-attention over pixels [B,H,W,C]; gate, taps and bias as in `attend`."""
 
-    The `gate` acts on the value channels. An attention bias broadcastable to [B,Q,K] may be given
-    in the collection `attn_bias` under this layer's path, name "bias".
-    """
+    head_channels: int = 0
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
-        qkv = Dense(3 * c, scale=0.2**0.5, name="qkv")(group_norm(x, "norm")).reshape(b, h * w, 3, c)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) / c**0.5
-        if self.has_variable(BIASES, "bias"):
-            logits = logits + self.get_variable(BIASES, "bias")
-        weights = nn.softmax(logits)
-        tap(self, "map", weights)
-        v = Gate(name="value_gate")(v)
-        tap(self, "value", v)
-        out = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v).reshape(b, h, w, c)
-        return x + Dense(c, scale=1e-5, name="out")(out)
+        normed = group_norm(x, "norm", self.epsilon).reshape(b, h * w, c)
+        qkv = Dense(3 * c, scale=0.2**0.5, dtype=self.dtype, name="qkv")(normed)
+        out = attend(self, qkv, self.head_channels)
+        return x + Dense(c, scale=1e-5, dtype=self.dtype, name="out")(out).reshape(b, h, w, c)
 
 
-def noise_embedding(c_noise: Array, dim: int, max_period: float = 10_000.0) -> Array:
-    """Sinusoidal features [B, dim] of the scalar c_noise [B]: sines, then cosines (arXiv 2011.13456)."""
-    half = dim // 2
-    frequency = max_period ** -(jnp.arange(half, dtype=jnp.float32) / (half - 1))
-    angle = c_noise[:, None].astype(jnp.float32) * frequency
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+def _costly(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Convolutions and matrix products without batch axes (an attention map has them, and is large)."""
+    unbatched = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive is jax.lax.conv_general_dilated_p or bool(unbatched(primitive, *args, **params))
 
 
-def space_to_depth(x: Array, p: int) -> Array:
-    """[B,H,W,C] -> [B,H/p,W/p,p*p*C]."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // p, p, w // p, p, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // p, w // p, p * p * c)
+def rematerialize(block: type[nn.Module], remat: str, scanned: bool = False) -> Any:
+    """A block `(x, emb)` that keeps less for its backward pass.
 
-
-def depth_to_space(x: Array, p: int) -> Array:
-    """The inverse of `space_to_depth`."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, p, p, c // (p * p))
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * p, w * p, c // (p * p))
-
-
-def downsample(x: Array) -> Array:
-    """2x2 mean: the box filter [1,1] with stride 2."""
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
-
-
-def upsample(x: Array) -> Array:
-    """Nearest neighbour by 2: the transposed box filter."""
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    Args:
+      block: the module's class.
+      remat: "none" keeps everything, "blocks" only the block's inputs, "dots" also the results of
+        convolutions and of matrix products but those of attention.
+      scanned: the block is the body of a scan, where the compiler needs no barrier to keep recomputation.
+    """
+    if remat == "none":
+        return block
+    policy = _costly if remat == "dots" else None
+    return nn.remat(block, policy=policy, prevent_cse=not scanned)

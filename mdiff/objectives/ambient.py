@@ -12,8 +12,11 @@ a = (sigma^2 - tn^2) / sigma^2. So the network's x0 estimate D is turned into on
 
 The residual equals a (D - T) with T = y - (1 - a)/a (xt - y), an unbiased but noisy stand-in for x0 of
 variance tn^2 / a per pixel; T diverges at the cutoff, so it is never built. The three weights, as
-multiples of EDM's lambda on D - T: `edm` a^2 (the memorization paper), `x0` 1 (with a buffer, since
-1/a^2 explodes at the cutoff), `inverse_variance` 1 / (1 + lambda tn^2 / a), which weighs T's own noise in.
+multiples of the level's weight lambda on D - T: `edm` a^2 (the memorization paper), `x0` 1 (with a buffer,
+since 1/a^2 explodes at the cutoff), `inverse_variance` 1 / (1 + lambda tn^2 / a), which weighs T's own noise in.
+
+All of this runs at unit signal scale, where every process adds noise of standard deviation sigma; the
+network is called on alpha xt. So the same lines are exact under VP and flow matching.
 """
 
 from __future__ import annotations
@@ -24,8 +27,18 @@ from mdiff import config
 from mdiff.errors import UserError
 from mdiff.nets.denoiser import Model
 from mdiff.objectives import denoise as plain
-from mdiff.objectives.denoise import Denoise, denoise_with, draw, edm_weight, mean_square
+from mdiff.objectives.denoise import (
+    Denoise,
+    check_model,
+    denoise_with,
+    discount,
+    draw,
+    edm_weight,
+    level_weight,
+    mean_square,
+)
 from mdiff.process.gaussian import bcast
+from mdiff.process.times import make_times
 from mdiff.types import Array, Batch, Key, Objective, Params
 
 
@@ -41,9 +54,8 @@ def missing_noise(sigma: Array, cutoff: float) -> Array:
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
 
 
-def ambient_weight(sigma: Array, a: Array, cfg: config.Loss, sigma_data: float) -> Array:
-    """Weight of the squared residual a D + (1 - a) xt - y; shapes as sigma."""
-    lam = edm_weight(sigma, sigma_data)
+def ambient_weight(lam: Array, a: Array, cfg: config.Loss) -> Array:
+    """Weight [B] of the squared residual a D + (1 - a) xt - y, from the level's weight lam [B]."""
     if cfg.weight == "edm":
         return lam
     if cfg.weight == "x0":
@@ -53,17 +65,10 @@ def ambient_weight(sigma: Array, a: Array, cfg: config.Loss, sigma_data: float) 
     return jnp.where(positive, lam / jnp.where(positive, a**2 + lam * a * cfg.cutoff**2, 1.0), 0.0)
 
 
-def ambient_loss(
-    denoise: Denoise,
-    x: Array,
-    y: Array,
-    sigma: Array,
-    eps: Array,
-    cfg: config.Loss,
-    sigma_data: float,
-    key: Key,
-) -> Array:
-    """Ambient loss per example; one network call serves both branches.
+def routed_error(
+    denoise: Denoise, x: Array, y: Array, sigma: Array, eps: Array, cutoff: float, key: Key
+) -> tuple[Array, Array]:
+    """Squared residual per example, and the a it was mixed with; one network call serves both branches.
 
     Args:
       denoise: the x0 estimator.
@@ -71,38 +76,67 @@ def ambient_loss(
       y: [B,H,W,C] their fixed noisy copies, used where sigma >= cutoff only.
       sigma: [B] noise levels.
       eps: [B,H,W,C] fresh unit noise.
-      cfg: cutoff, weight and buffer.
-      sigma_data: standard deviation of the data.
+      cutoff: noise level of the copies.
       key: for dropout.
 
     Returns:
-      [B] losses, averaged over pixels.
+      [B] mean over pixels of ||a D + (1 - a) xt - target||^2, and a [B], 1 below the cutoff.
     """
-    above = sigma >= cfg.cutoff
-    a = jnp.where(above, mixing(sigma, cfg.cutoff), 1.0)
+    above = sigma >= cutoff
+    a = jnp.where(above, mixing(sigma, cutoff), 1.0)
     target = jnp.where(bcast(above, x), y, x)
-    added = jnp.where(above, missing_noise(sigma, cfg.cutoff), sigma)
+    added = jnp.where(above, missing_noise(sigma, cutoff), sigma)
     xt = target + bcast(added, x) * eps
-    residual = bcast(a, x) * denoise(xt, sigma, key) + bcast(1.0 - a, x) * xt - target
-    weight = jnp.where(above, ambient_weight(sigma, a, cfg, sigma_data), edm_weight(sigma, sigma_data))
-    return weight * mean_square(residual)
+    return mean_square(bcast(a, x) * denoise(xt, sigma, key) + bcast(1.0 - a, x) * xt - target), a
 
 
-def make(model: Model, cfg: config.Loss) -> Objective:
+def weigh(
+    error: Array, a: Array, lam: Array, sigma: Array, cfg: config.Loss, u: Array | None = None
+) -> Array:
+    """The ambient loss [B] of the errors and a of `routed_error`.
+
+    Args:
+      error: [B] squared residuals.
+      a: [B] mixing coefficients.
+      lam: [B] the levels' weights.
+      sigma: [B] noise levels.
+      cfg: cutoff, weight and buffer.
+      u: [B] learned ln of the loss, or None.
+    """
+    weight = jnp.where(sigma >= cfg.cutoff, ambient_weight(lam, a, cfg), lam)
+    # A draw of weight 0 must not pull u down: nothing would ever push it up again.
+    return weight * error if u is None else jnp.where(weight > 0, discount(weight * error, u), 0.0)
+
+
+def make(model: Model, cfg: config.Config) -> Objective:
     """The ambient objective; with cutoff 0 it *is* the plain one, chosen before tracing.
 
     `batch["y"]` must hold the fixed noisy copies (see `mdiff.data.degrade`), made before any
-    augmentation. `aux` holds each example's sigma [B] and whether it was above the cutoff [B].
+    augmentation. `batch["augment"]` describes x alone, and is taken as "none" for examples that show y.
+    `aux` holds each example's sigma [B], whether it was above the cutoff [B] and, when it is weighed in
+    another way, its loss under EDM's weight, loss_edm [B].
+
+    Raises:
+      UserError: a field of the noise levels or of condition dropout is out of range.
     """
-    if cfg.cutoff == 0:
+    if cfg.loss.cutoff == 0:
         return plain.make(model, cfg)
+    check_model(model, cfg)
+    times = make_times(cfg.loss, model.process, cfg.process)
 
     def objective(params: Params, key: Key, batch: Batch) -> tuple[Array, dict[str, Array]]:
         x = batch["x"]
-        sigma, eps, key = draw(key, x, cfg)
-        denoise = denoise_with(model, params, batch)
-        loss = ambient_loss(denoise, x, batch["y"], sigma, eps, cfg, model.sigma_data, key)
-        return loss, {"sigma": sigma, "above": sigma >= cfg.cutoff}
+        sigma, eps, drop, key = draw(key, x, times, cfg.net.condition_dropout)
+        above = sigma >= cfg.loss.cutoff
+        if "augment" in batch:
+            batch = {**batch, "augment": jnp.where(above[:, None], 0.0, batch["augment"])}
+        denoise = denoise_with(model, params, batch, drop)
+        error, a = routed_error(denoise, x, batch["y"], sigma, eps, cfg.loss.cutoff, key)
+        lam, u = level_weight(sigma, cfg.loss, model.sigma_data), model.log_variance(params, sigma)
+        aux = {"sigma": sigma, "above": above}
+        if cfg.loss.level_weight != "edm":
+            aux["loss_edm"] = weigh(error, a, edm_weight(sigma, model.sigma_data), sigma, cfg.loss)
+        return weigh(error, a, lam, sigma, cfg.loss, u), aux
 
     return objective
 
@@ -122,3 +156,5 @@ def check(cfg: config.Loss, process: config.Process) -> None:
         raise UserError(f"loss.p_std = {cfg.p_std}: must be above 0")
     if cfg.max_gain <= 1:
         raise UserError(f"loss.max_gain = {cfg.max_gain}: must be above 1 (4 keeps 1/a^2 below 16)")
+    if not cfg.min_snr > 0:
+        raise UserError(f"loss.min_snr = {cfg.min_snr}: must be above 0; 5 is usual")

@@ -11,19 +11,18 @@ images together so that neither side is favoured.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mdiff.config import Audit
-from mdiff.errors import UserError
-from mdiff.features.pixel import Features, PixelPCA, flatten, mirror
-from mdiff.probes import intervals, quality, similarity
+from mdiff.features.pixel import Features, flatten, mirror
+from mdiff.features.spaces import make_features
+from mdiff.probes import intervals, quality, sets, similarity
 from mdiff.probes.results import AuditResult, load, save
-from mdiff.types import Estimate, to_uint8
+from mdiff.probes.sets import Progress, Side
+from mdiff.types import Estimate
 
 __all__ = ["AuditResult", "audit", "load", "save"]
 
@@ -34,29 +33,7 @@ DISTANCES = np.round(np.arange(1, 41) / 100, 2)
 LEVELS = (5, 25, 50, 75, 95)
 """Percentiles of d1, ratio and cosine."""
 
-_FIT_ROWS = 1024  # images of each side the principal components are fitted on
 _TOP, _RANDOM = 64, 32  # pictures kept: most copy-like, random
-
-Progress = Callable[[str, int, int], None]
-"""`(what is being done, steps done, steps in all)`."""
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One set of real images, ready to be compared with."""
-
-    name: str
-    images: np.ndarray  # [R,H,W,C] as given
-    ids: np.ndarray  # [R]
-    origin: np.ndarray  # [R], index in the set as given
-    rows: np.ndarray  # [R,D] in [-1, 1]
-    mirrored: np.ndarray | None  # [R,D]
-    labels: np.ndarray  # [R], clusters
-    threshold: float  # of one cluster, RMS
-
-    @property
-    def clusters(self) -> int:
-        return int(self.labels.max()) + 1
 
 
 def audit(
@@ -80,7 +57,7 @@ def audit(
       config: the rules.
       train_ids: int [R], default 0..R-1.
       heldout_ids: int [S], default 0..S-1.
-      features: space of cosine and quality; None is the PCA-pixel space with `config.components`.
+      features: space of cosine and quality; None makes the one `config.features` names.
       progress: called before each stage and at the end.
 
     Returns:
@@ -89,30 +66,24 @@ def audit(
     Raises:
       UserError: a set is empty, not finite, of another image shape or range, or has no two distinct images.
     """
-    _check(config)
     report = progress or (lambda what, done, total: None)
-    notes: list[str] = []
-    generated = _images("generated", generated, None)
-    train = _images("train", train, generated)
-    if heldout is not None:
-        heldout = _images("heldout", heldout, generated)
-    generated = _clipped(generated, notes)
+    given = sets.read(generated, train, heldout, config, train_ids, heldout_ids)
+    generated, sides, notes = given.generated, given.sides, given.notes
+    side, control = given.train, given.heldout
     stages = 5
 
     report("near-duplicates", 0, stages)
-    sides = {"": _side("train", train, train_ids, config, None)}
-    if heldout is not None:
-        sides["control_"] = _side("heldout", heldout, heldout_ids, config, len(train))
-    space = features or _pca(sides, config)
+    for one in sides.values():
+        one.labels  # noqa: B018  computed here, where the progress says so
+    space = features or make_features(config, side.images, None if control is None else control.images)
 
     report("nearest images", 1, stages)
     flat = flatten(generated)
     in_space = np.asarray(space(generated), np.float64)
     rows: dict[str, np.ndarray] = {}
-    for prefix, side in sides.items():
-        found = _compare(flat, in_space, side, space, config)
+    for prefix, one in sides.items():
+        found = _compare(flat, in_space, one, space, config)
         rows |= {prefix + name: values for name, values in found.items()}
-    side = sides[""]
     hits = np.bincount(rows["nearest_index"][rows["memorized"]], minlength=len(train))
 
     report("curves", 2, stages)
@@ -148,8 +119,7 @@ def audit(
         percentiles[name] = {
             one.name: np.percentile(rows[prefix + name], LEVELS).tolist() for prefix, one in sides.items()
         }
-    if "control_" in sides:
-        control = sides["control_"]
+    if control is not None:
         counts |= {"heldout": len(control.rows), "heldout_clusters": control.clusters}
         near = similarity.nearest_with_flips(control.rows, side.rows, side.mirrored, 1, config.chunk)
         percentiles["d1"]["background"] = np.percentile(near.dist[:, 0], LEVELS).tolist()
@@ -172,77 +142,12 @@ def audit(
         feature=space.name,
         hits=hits,
         ids={prefix + "ids": one.ids for prefix, one in sides.items()},
-        digests={one.name: _digest(one.images) for one in sides.values()},
+        digests={one.name: sets.digest(one.images) for one in sides.values()},
         draws=draws,
         pictures=_pictures(generated, side, rows, config),
     )
     report("done", stages, stages)
     return result
-
-
-def _check(config: Audit) -> None:
-    for name, low in (("neighbours", 1), ("bootstrap", 1), ("chunk", 1), ("components", 1)):
-        if getattr(config, name) < low:
-            raise UserError(f"audit.{name} = {getattr(config, name)}; give at least {low}")
-    for name in ("ratio", "confidence"):
-        if not 0 < getattr(config, name) < 1:
-            raise UserError(f"audit.{name} = {getattr(config, name)}; give a number between 0 and 1")
-    for name in ("alpha", "calibrated"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"audit.{name} = {getattr(config, name)}; give a number above 0")
-    if config.seed < 0:
-        raise UserError(f"audit.seed = {config.seed}; give 0 or more")
-    if not config.near_duplicate >= 0:
-        raise UserError(f"audit.near_duplicate = {config.near_duplicate}; give 0 or more")
-
-
-def _images(what: str, images: np.ndarray, like: np.ndarray | None) -> np.ndarray:
-    images = np.asarray(images)
-    if images.ndim != 4 or images.size == 0:
-        raise UserError(
-            f"{what}: shape {images.shape}; give at least one image as [N, height, width, channels]"
-        )
-    if like is not None and images.shape[1:] != like.shape[1:]:
-        ours, theirs = ("x".join(map(str, x.shape[1:])) for x in (images, like))
-        raise UserError(f"{what}: images are {ours} but generated ones are {theirs}; resize one to the other")
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise UserError(f"{what}: dtype {images.dtype}; give uint8, or float in [-1, 1]")
-    broken = sum(not np.isfinite(image).all() for image in images)
-    if broken:
-        raise UserError(f"{what}: {broken} of {len(images)} images have NaN or infinite pixels; remove them")
-    if like is not None and np.abs(images).max() > 1.01:
-        low, high = images.min(), images.max()
-        raise UserError(f"{what}: values from {low:.3g} to {high:.3g}; give uint8, or float in [-1, 1]")
-    return images
-
-
-def _clipped(generated: np.ndarray, notes: list[str]) -> np.ndarray:
-    if generated.dtype == np.uint8:
-        return generated
-    outside = float(np.mean([np.mean(np.abs(image) > 1.01) for image in generated]))
-    if outside > 0.01:
-        notes.append(f"{100 * outside:.0f} % of the generated pixels lie outside [-1, 1] and were clipped")
-    return np.clip(generated, -1.0, 1.0)
-
-
-def _side(name: str, images: np.ndarray, ids: np.ndarray | None, config: Audit, most: int | None) -> _Side:
-    ids = np.arange(len(images)) if ids is None else np.asarray(ids)
-    if ids.shape != (len(images),):
-        raise UserError(f"{name}_ids: shape {ids.shape} for {len(images)} images; give one id per image")
-    if len(images) < 2:
-        raise UserError(f"{name}: {len(images)} image; the ratio rule needs at least 2")
-    origin = np.arange(len(images))
-    if most is not None and len(images) > most:
-        generator = np.random.Generator(np.random.Philox(config.seed))
-        origin = np.sort(generator.choice(len(images), most, replace=False))
-        images, ids = images[origin], ids[origin]
-    rows = flatten(images)
-    mirrored = flatten(mirror(images)) if config.flips else None
-    threshold = config.near_duplicate * similarity.median_pair_distance(rows, seed=config.seed)
-    labels = similarity.cluster_near_duplicates(rows, threshold, config.chunk, mirrored)
-    return _Side(name, images, ids, origin, rows, mirrored, labels, threshold)
 
 
 def ratio_rule(reference: np.ndarray, config: Audit, name: str = "train") -> Callable[[np.ndarray], Estimate]:
@@ -256,7 +161,7 @@ def ratio_rule(reference: np.ndarray, config: Audit, name: str = "train") -> Cal
     Returns:
       A function of generations [Q,H,W,C]: the share that are copies of a reference image.
     """
-    side = _side(name, reference, None, config, None)
+    side = sets.reference(reference, config, name)
 
     def rate(generated: np.ndarray) -> Estimate:
         ratio = similarity.ratio_test(
@@ -267,18 +172,8 @@ def ratio_rule(reference: np.ndarray, config: Audit, name: str = "train") -> Cal
     return rate
 
 
-def _pca(sides: dict[str, _Side], config: Audit) -> PixelPCA:
-    """Components of equally many training and held-out images, evenly spaced over each set."""
-    most = min(_FIT_ROWS, min(len(side.images) for side in sides.values()))
-    picked = [
-        flatten(side.images[np.linspace(0, len(side.images) - 1, most).astype(int)])
-        for side in sides.values()
-    ]
-    return PixelPCA.fit(np.concatenate(picked), config.components)
-
-
 def _compare(
-    rows: np.ndarray, in_space: np.ndarray, side: _Side, space: Features, config: Audit
+    rows: np.ndarray, in_space: np.ndarray, side: Side, space: Features, config: Audit
 ) -> dict[str, np.ndarray]:
     """Every rule of every generation against one side; indices are into the set as given."""
     near = similarity.nearest_with_flips(
@@ -316,7 +211,7 @@ def _compare(
 
 
 def _curves(
-    rows: dict[str, np.ndarray], sides: dict[str, _Side], config: Audit
+    rows: dict[str, np.ndarray], sides: dict[str, Side], config: Audit
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     out: dict[str, dict[str, dict[str, list[float]]]] = {"cosine": {}, "rms": {}}
     for prefix, side in sides.items():
@@ -335,7 +230,7 @@ def _curves(
     return out
 
 
-def _rates(rows: dict[str, np.ndarray], side: _Side, config: Audit) -> dict[str, Estimate | None]:
+def _rates(rows: dict[str, np.ndarray], side: Side, config: Audit) -> dict[str, Estimate | None]:
     level = config.confidence
     q = len(rows["memorized"])
     hit = np.unique(side.labels[rows["nearest_index"][rows["memorized"]]])
@@ -353,7 +248,7 @@ def _rates(rows: dict[str, np.ndarray], side: _Side, config: Audit) -> dict[str,
     return out
 
 
-def _limits(counts: dict[str, Any], side: _Side, config: Audit) -> list[str]:
+def _limits(counts: dict[str, Any], side: Side, config: Audit) -> list[str]:
     """What these sample sizes cannot see, one sentence each."""
     n, train, heldout = counts["generated"], counts["train"], counts["heldout"]
     rate = 100 * intervals.invisible_below(n, config.confidence)
@@ -384,7 +279,7 @@ def _limits(counts: dict[str, Any], side: _Side, config: Audit) -> list[str]:
 
 
 def _pictures(
-    generated: np.ndarray, side: _Side, rows: dict[str, np.ndarray], config: Audit
+    generated: np.ndarray, side: Side, rows: dict[str, np.ndarray], config: Audit
 ) -> dict[str, np.ndarray]:
     """uint8 images of the most copy-like and of random generations beside the image each is nearest to."""
     generator = np.random.Generator(np.random.Philox(config.seed))
@@ -395,17 +290,9 @@ def _pictures(
     }
     out: dict[str, np.ndarray] = {}
     for name, index in chosen.items():
-        match = _bytes(side.images[rows["nearest_index"][index]])
+        match = sets.as_bytes(side.images[rows["nearest_index"][index]])
         flipped = rows["flipped"][index][:, None, None, None]
         out[f"{name}_index"] = index
-        out[f"{name}_generated"] = _bytes(generated[index])
+        out[f"{name}_generated"] = sets.as_bytes(generated[index])
         out[f"{name}_nearest"] = np.where(flipped, mirror(match), match)
     return out
-
-
-def _bytes(images: np.ndarray) -> np.ndarray:
-    return images if images.dtype == np.uint8 else to_uint8(images)
-
-
-def _digest(images: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(_bytes(images)).tobytes()).hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 One unit of distance everywhere: the root mean square difference per pixel on the [0, 1] scale, so 0 is an
 exact copy and 1 is black against white (the normalized l2 of arXiv 2301.13188). Inputs are rows in
-[-1, 1] (`features.pixel.flatten`); their Euclidean distance is 2 sqrt(D) times that.
+[-1, 1] (`features.pixel.flatten`); their Euclidean distance is 2 sqrt(D) times that. Rows cut into tiles
+(`probes.tiles`) are as far apart as their worst tile; an uncut row is one tile.
 
 Distances by matrix products cancel badly near zero, exactly where copies are. Products only propose
 candidates here; every reported distance is a sum of squared float64 differences, and a bound on the
@@ -42,7 +43,7 @@ class Neighbours:
 
 
 def nearest(
-    queries: np.ndarray, references: np.ndarray, k: int, chunk: int = 1024
+    queries: np.ndarray, references: np.ndarray, k: int, chunk: int = 1024, tiles: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest references of each query, exactly; ties go to the lower index.
 
@@ -51,6 +52,7 @@ def nearest(
       references: [R,D] rows in [-1, 1].
       k: neighbours; at most R are returned.
       chunk: rows of queries and of references per distance block; bounds memory.
+      tiles: how many equal parts a row consists of; the distance is that of the farthest part.
 
     Returns:
       dist: float64 [Q,k], RMS per pixel on [0, 1], nearest first.
@@ -60,12 +62,17 @@ def nearest(
     k = min(k, len(references))
     if not len(queries):
         return np.zeros((0, k)), np.zeros((0, k), np.int64)
-    squared, index = _search(queries, references, k, k + _SPARE, chunk)
-    return _rms(squared, queries.shape[1]), index
+    squared, index = _search(queries, references, k, k + _SPARE, chunk, tiles)
+    return _rms(squared, queries.shape[1] // tiles), index
 
 
 def nearest_with_flips(
-    queries: np.ndarray, references: np.ndarray, mirrored: np.ndarray | None, k: int, chunk: int = 1024
+    queries: np.ndarray,
+    references: np.ndarray,
+    mirrored: np.ndarray | None,
+    k: int,
+    chunk: int = 1024,
+    tiles: int = 1,
 ) -> Neighbours:
     """`nearest`, where a reference is as near as the nearer of its two orientations.
 
@@ -75,14 +82,15 @@ def nearest_with_flips(
       mirrored: [R,D] the references with left and right exchanged, or None to leave flips out.
       k: neighbours; at most R.
       chunk: rows per distance block.
+      tiles: as in `nearest`.
     """
     count = len(references)
     k = min(k, count)
     if mirrored is None:
-        dist, index = nearest(queries, references, k, chunk)
+        dist, index = nearest(queries, references, k, chunk, tiles)
         return Neighbours(dist, index, np.zeros(index.shape, bool))
     # Each reference appears at most twice, so the nearest 2k rows hold k different references.
-    dist, index = nearest(queries, np.concatenate([references, mirrored]), 2 * k, chunk)
+    dist, index = nearest(queries, np.concatenate([references, mirrored]), 2 * k, chunk, tiles)
     flipped, index = index >= count, index % count
     by_index = np.argsort(index, axis=1, kind="stable")
     ordered = np.take_along_axis(index, by_index, 1)
@@ -93,14 +101,14 @@ def nearest_with_flips(
 
 
 def _search(
-    queries: np.ndarray, references: np.ndarray, k: int, candidates: int, chunk: int
+    queries: np.ndarray, references: np.ndarray, k: int, candidates: int, chunk: int, tiles: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared distances [Q,k] on the [-1, 1] scale and indices; widens the candidates until certain."""
     count = len(references)
     candidates = min(candidates, count)
     out = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
     centre = references.mean(0, dtype=np.float64).astype(np.float32)
-    blocks = [] if candidates == count else _blocks(references, centre, chunk)
+    blocks = [] if candidates == count else _blocks(references, centre, chunk, tiles)
     if candidates == count:
         chunk = max(1, min(chunk, _PAIRS // count))
     retry = []
@@ -109,10 +117,10 @@ def _search(
         certain = np.ones(len(rows), bool)
         if candidates == count:
             proposed = np.broadcast_to(np.arange(count), (len(rows), count))
-            exact = _squared(rows, references, proposed)
+            exact = _squared(rows, references, proposed, tiles)
         else:
-            rough, proposed, slack = _propose(rows - centre, blocks, candidates)
-            exact = _squared(rows, references, proposed)
+            rough, proposed, slack = _propose(_tiled(rows - centre, tiles), blocks, candidates)
+            exact = _squared(rows, references, proposed, tiles)
         order = np.lexsort((proposed, exact), axis=1)[:, :k]
         exact, proposed = np.take_along_axis(exact, order, 1), np.take_along_axis(proposed, order, 1)
         if candidates < count:
@@ -122,36 +130,45 @@ def _search(
         retry.append(start + np.flatnonzero(~certain))
     unsure = np.concatenate(retry)
     if len(unsure):
-        out[0][unsure], out[1][unsure] = _search(queries[unsure], references, k, 8 * candidates, chunk)
+        out[0][unsure], out[1][unsure] = _search(queries[unsure], references, k, 8 * candidates, chunk, tiles)
     return out
 
 
-def _blocks(references: np.ndarray, centre: np.ndarray, chunk: int) -> list[tuple[int, Any, Any]]:
-    """Centred blocks of one shape, so that one program serves all; padding is infinitely far."""
+def _tiled(rows: np.ndarray, tiles: int) -> np.ndarray:
+    """Rows [N,D] as [T,N,D/T]."""
+    return rows.reshape(len(rows), tiles, -1).swapaxes(0, 1)
+
+
+def _norms(tiled: np.ndarray) -> np.ndarray:
+    return np.einsum("tqd,tqd->tq", tiled, tiled, dtype=np.float64).astype(np.float32)
+
+
+def _blocks(
+    references: np.ndarray, centre: np.ndarray, chunk: int, tiles: int = 1
+) -> list[tuple[int, Any, Any]]:
+    """Centred blocks [T,r,D/T] of one shape, so that one program serves all; padding is infinitely far."""
     size = min(chunk, len(references))
     blocks = []
     for start in range(0, len(references), size):
-        rows = references[start : start + size] - centre
-        norms = np.einsum("rd,rd->r", rows, rows, dtype=np.float64)
-        short = size - len(rows)
-        rows = np.pad(rows, ((0, short), (0, 0)))
-        norms = np.pad(norms, (0, short), constant_values=np.inf).astype(np.float32)
-        blocks.append((start, rows, norms))
+        rows = _tiled(references[start : start + size] - centre, tiles)
+        short = size - rows.shape[1]
+        norms = np.pad(_norms(rows), ((0, 0), (0, short)), constant_values=np.inf)
+        blocks.append((start, np.pad(rows, ((0, 0), (0, short), (0, 0))), norms))
     return blocks
 
 
 def _propose(
     rows: np.ndarray, blocks: list[tuple[int, Any, Any]], candidates: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rough squared distances [q,m] and indices of the nearest-looking references, and their error."""
-    norms = np.einsum("qd,qd->q", rows, rows, dtype=np.float64).astype(np.float32)
-    best: Any = np.full((len(rows), candidates), np.inf, np.float32)
-    index: Any = np.zeros((len(rows), candidates), np.int32)
+    """Rough squared distances [q,m] of rows [T,q,d], indices of the nearest-looking, and their error."""
+    norms = _norms(rows)
+    best: Any = np.full((rows.shape[1], candidates), np.inf, np.float32)
+    index: Any = np.zeros((rows.shape[1], candidates), np.int32)
     longest = 0.0
     for start, block, block_norms in blocks:
         best, index = _merge(rows, norms, block, block_norms, start, best, index)
         longest = max(longest, float(block_norms[np.isfinite(block_norms)].max()))
-    slack = _slack(norms, longest, rows.shape[1])
+    slack = _slack(norms.max(0), longest, rows.shape[2])
     return np.asarray(best, np.float64), np.asarray(index, np.int64), slack
 
 
@@ -161,8 +178,19 @@ def _slack(norms: np.ndarray, longest: float, size: int) -> np.ndarray:
 
 
 def _products(rows: Any, norms: Any, block: Any, block_norms: Any) -> Any:
-    inner = jnp.matmul(rows, block.T, precision=jax.lax.Precision.HIGHEST)
-    return norms[:, None] + block_norms[None, :] - 2 * inner
+    """Squared distances [q,r] by products, of rows [T,q,d] and a block [T,r,d]: those of the worst tile."""
+
+    def tile(part: Any) -> Any:
+        row, norm, other, other_norm = part
+        inner = jnp.matmul(row, other.T, precision=jax.lax.Precision.HIGHEST)
+        return norm[:, None] + other_norm[None, :] - 2 * inner
+
+    parts = (rows, norms, block, block_norms)
+    worst = tile([x[0] for x in parts])
+    if rows.shape[0] == 1:
+        return worst
+    rest = tuple(x[1:] for x in parts)
+    return jax.lax.scan(lambda far, part: (jnp.maximum(far, tile(part)), None), worst, rest)[0]
 
 
 @jax.jit
@@ -175,20 +203,23 @@ def _merge(rows: Any, norms: Any, block: Any, block_norms: Any, start: Any, best
     return -near, jnp.take_along_axis(places, choice, 1)
 
 
-def _squared(queries: np.ndarray, references: np.ndarray, index: np.ndarray) -> np.ndarray:
+def _squared(queries: np.ndarray, references: np.ndarray, index: np.ndarray, tiles: int) -> np.ndarray:
     """Squared distances [q,m] of queries [q,D] to references[index [q,m]], by float64 differences."""
     flat = index.ravel()
     left = np.repeat(np.arange(len(queries)), index.shape[1])
-    return _squared_pairs(queries, references, left, flat).reshape(index.shape)
+    return _squared_pairs(queries, references, left, flat, tiles).reshape(index.shape)
 
 
-def _squared_pairs(a: np.ndarray, b: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _squared_pairs(
+    a: np.ndarray, b: np.ndarray, left: np.ndarray, right: np.ndarray, tiles: int = 1
+) -> np.ndarray:
     out = np.empty(len(left))
     step = max(1, _ELEMENTS // a.shape[1])
     for i in range(0, len(left), step):
         part = slice(i, i + step)
         diff = np.subtract(a[left[part]], b[right[part]], dtype=np.float64)
-        out[part] = np.einsum("pd,pd->p", diff, diff)
+        diff = diff.reshape(len(diff), tiles, -1)
+        out[part] = np.einsum("ptd,ptd->pt", diff, diff).max(1)
     return out
 
 
@@ -233,14 +264,14 @@ def cluster_near_duplicates(
     for other in [rows] if mirrored is None else [rows, np.asarray(mirrored, np.float32)]:
         blocks = _blocks(other, centre, chunk)
         for start in range(0, count, chunk):
-            part = rows[start : start + chunk] - centre
-            norms = np.einsum("qd,qd->q", part, part, dtype=np.float64).astype(np.float32)
+            part = _tiled(rows[start : start + chunk] - centre, 1)
+            norms = _norms(part)
             for offset, block, block_norms in blocks:
-                if offset + len(block) <= start:
+                if offset + block.shape[1] <= start:
                     continue  # the pair of blocks was seen from the other side
                 longest = float(block_norms[np.isfinite(block_norms)].max())
                 rough = np.asarray(_products(part, norms, block, block_norms), np.float64)
-                left, right = np.nonzero(rough <= limit + _slack(norms, longest, size)[:, None])
+                left, right = np.nonzero(rough <= limit + _slack(norms[0], longest, size)[:, None])
                 left, right = left + start, right + offset
                 open_pairs = labels[left] != labels[right]
                 left, right = left[open_pairs], right[open_pairs]

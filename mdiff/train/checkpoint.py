@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 from mdiff import config
 from mdiff.errors import UserError
 from mdiff.files import write_json
-from mdiff.train.state import TrainState
 
 _FAILURES = (ValueError, OSError, KeyError, TypeError, RuntimeError)
 """What orbax and tensorstore raise when reading or writing fails (they document no narrower type)."""
@@ -58,14 +58,22 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for orbax's warning that a save waited for the last one: the ledger counts those seconds."""
+    return not record.getMessage().startswith("Waiting for previous save")
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 class Checkpoints:
-    """The checkpoints of one run; use as a context manager, so that pending saves finish."""
+    """The checkpoints of one run (`keep` newest; None keeps all); a context manager, so that pending saves finish.
 
-    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+    A state is any pytree with a `step` [].
+    """
+
+    def __init__(self, folder: Path, keep: int | None, keep_every: int = 0) -> None:
         kept: list[Any] = [policies.LatestN(keep)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
@@ -94,6 +102,8 @@ class Checkpoints:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Failed writes, which surface in whichever call waits for them, as one line."""
+        absl = logging.getLogger("absl")
+        absl.addFilter(_is_news)
         try:
             yield
         except _FAILURES as error:
@@ -101,6 +111,8 @@ class Checkpoints:
                 f"{self.folder}: a checkpoint cannot be written ({_first_line(error)}); make room or permit writing, "
                 "then run the same command again"
             ) from error
+        finally:
+            absl.removeFilter(_is_news)
 
     def _seal(self) -> None:
         """Write the sums; orbax calls this when all files are there and the directory is not yet renamed."""
@@ -112,7 +124,7 @@ class Checkpoints:
         """Steps of complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(self, state: Any, meta: dict[str, Any]) -> None:
         """Save `state` at its own step; returns at once. Saving the newest step again does nothing.
 
         Raises:
@@ -153,9 +165,37 @@ class Checkpoints:
         for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(unfinished)
 
+    def damage(self, step: int) -> str:
+        """What is wrong with the files of a checkpoint, as one line; "" when they are as they were written."""
+        # Before orbax, which also prints tracebacks of its threads when a file is cut.
+        damage = _damage(self.folder / str(step))
+        return f"checkpoint {step} in {self.folder} cannot be read ({damage})" if damage else ""
+
+    def whole(self, warn: Callable[[str], None]) -> list[int]:
+        """Steps of undamaged checkpoints, oldest first; `warn` is told about the others."""
+        damages = {step: self.damage(step) for step in self.steps()}
+        for damage in filter(None, damages.values()):
+            warn(damage)
+        return [step for step, damage in damages.items() if not damage]
+
+    def read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """One checkpoint as (state, meta), in the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except _FAILURES as error:
+            raise UserError(
+                f"checkpoint {step} in {self.folder} cannot be read ({_first_line(error)})"
+            ) from error
+        return restored["state"], restored["meta"]
+
     def restore(
         self, abstract: Any, warn: Callable[[str], None], only: int | None = None
-    ) -> tuple[TrainState, dict[str, Any]] | None:
+    ) -> tuple[Any, dict[str, Any]] | None:
         """The newest readable checkpoint as (state, meta); None when there is none.
 
         Args:
@@ -168,24 +208,18 @@ class Checkpoints:
         """
         steps = [step for step in self.steps() if only in (None, step)]
         for step in reversed(steps):
-            # Before orbax, which also prints tracebacks of its threads when a file is cut.
-            damage = _damage(self.folder / str(step))
+            damage = self.damage(step)
             if damage:
-                warn(f"checkpoint {step} in {self.folder} cannot be read ({damage})")
+                warn(damage)
                 continue
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-                    ),
-                )
-            except _FAILURES as error:
-                warn(f"checkpoint {step} in {self.folder} cannot be read ({_first_line(error)})")
+                found = self.read(step, abstract)
+            except UserError as error:
+                warn(str(error))
                 continue
             if step != steps[-1]:
                 warn(f"using checkpoint {step} instead")
-            return restored["state"], restored["meta"]
+            return found
         if steps:
             raise UserError(
                 f"{self.folder}: none of the checkpoints {steps} can be read; move the folder away to start over"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,12 @@ import jax
 import numpy as np
 
 from mdiff import config
+from mdiff.data import stream
+from mdiff.data.reader import make_reader
 from mdiff.data.split import Subset, save_subset
-from mdiff.data.stream import device_batch, indices
 from mdiff.errors import UserError
 from mdiff.nets.denoiser import Model
-from mdiff.train import checkpoint, mesh, state, workdir
+from mdiff.train import checkpoint, mesh, optim, snapshots, state, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
 from mdiff.train.preemption import stop_on_signal
@@ -64,28 +66,11 @@ class Outcome:
     stopped: str
 
 
-def make_pool(subset: Subset, device_mesh: jax.sharding.Mesh) -> dict[str, Array]:
-    """The training images as uint8 on the devices, with ids and labels: batches are gathered from it."""
-    pool = {"x": subset.train.x, "id": subset.train.id}
-    if subset.train.label is not None:
-        pool["label"] = subset.train.label
-    return jax.device_put(pool, mesh.replicated(device_mesh))
-
-
 def make_batch_fn(cfg: config.Config) -> state.BatchFn:
-    """How a batch is made on the device: gather, fixed noisy copies, then flips."""
+    """How a batch is made on the device: gather, fixed noisy copies, then augmentations."""
 
-    def batch_fn(pool: dict[str, Array], index: Array, key: Key) -> Batch:
-        return device_batch(
-            pool["x"],
-            pool["id"],
-            index,
-            key,
-            flip=cfg.data.flip,
-            cutoff=cfg.loss.cutoff,
-            noise_seed=cfg.seed,
-            labels=pool.get("label") if cfg.net.classes else None,
-        )
+    def batch_fn(resident: state.Arrays, rows: state.Arrays, key: Key) -> Batch:
+        return stream.finish(stream.gather(resident, rows), key, cfg)
 
     return batch_fn
 
@@ -120,17 +105,21 @@ def train(
     """
     device_mesh = mesh.make_mesh(cfg.mesh)
     mesh.check_batch(cfg.train.batch, device_mesh)
-    optimizer = state.make_optimizer(cfg.train)
-    fresh, abstract = state.plan_state(model, optimizer, cfg.seed, device_mesh)
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    resuming = workdir.check(folder, cfg, state_bytes)
+    optimizer = optim.make_optimizer(cfg.train)
+    fresh, abstract = state.plan_state(model, optimizer, cfg.seed, device_mesh, cfg.train.ema_lengths)
+    every = cfg.train.ema_every
+    snapshot_bytes = _bytes(abstract.profiles) * (cfg.train.steps // every) if every else 0
+    resuming = workdir.check(folder, cfg, _bytes(abstract), snapshot_bytes)
 
     ledger = Ledger.load(folder / "ledger.json") if resuming else Ledger()
     with (
         stop_on_signal(monitor.say) as stop,
         ledger.time("start"),
+        closing(make_reader(cfg, subset, jax.process_index(), jax.process_count())) as reader,
         checkpoint.open_run(folder, cfg.train) as checkpoints,
+        snapshots.Snapshots(folder) if every or snapshots.stored(folder) else nullcontext() as averages,
     ):
+        stores = [checkpoints] if averages is None else [checkpoints, averages]
         restored = checkpoints.restore(abstract, monitor.say)
         current = fresh() if restored is None else restored[0]
         if restored is None and init_from is not None:
@@ -138,22 +127,25 @@ def train(
         workdir.write(folder, cfg, model.shape, size(current.params))
         save_subset(folder / "subset.json", subset, cfg.data)
         begin = int(current.step)
-        checkpoints.discard_after(begin)
+        for kept in stores:
+            kept.discard_after(begin)
         if begin:
             monitor.say(f"resuming at step {begin}")
 
-        pool = make_pool(subset, device_mesh)
+        resident = jax.device_put(reader.resident, mesh.replicated(device_mesh))
         split = mesh.batch_sharding(device_mesh)
 
-        def next_index(step: int) -> Array:
-            return jax.device_put(indices(cfg.seed, step, cfg.train.batch, subset.slots), split)
+        def next_rows(step: int) -> state.Arrays:
+            """The global batch of `step`, of which each process reads its own rows."""
+            local = reader.batch(step)
+            return {name: jax.make_array_from_process_local_data(split, part) for name, part in local.items()}
 
         step_fn = state.make_step(objective, optimizer, make_batch_fn(cfg), cfg.train, cfg.seed)
         out = (jax.tree.map(lambda leaf: leaf.sharding, abstract), None)
         if begin < cfg.train.steps:
             with ledger.time("compile"):
                 jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=out)
-                update = jitted.lower(current, pool, next_index(begin)).compile()
+                update = jitted.lower(current, resident, next_rows(begin)).compile()
             monitor.say(f"train step compiled; {ledger.seconds['compile']:.0f} s in all")
 
         with Metrics(folder, begin) as metrics:
@@ -167,8 +159,16 @@ def train(
             def save(step: int) -> None:
                 log.flush(step)
                 with ledger.time("checkpoint"):
+                    if averages is not None:
+                        averages.wait()  # a run resumed here will not pass earlier snapshots again
                     checkpoints.save(current, {"ledger": ledger.as_json()})
                     ledger.save(folder / "ledger.json")
+
+            def store(step: int) -> None:
+                if averages is not None and every and step and step % every == 0:
+                    log.flush(step)
+                    with ledger.time("checkpoint"):
+                        averages.save(snapshots.snapshot(current), snapshots.meta(cfg))
 
             try:
                 for step in range(begin, cfg.train.steps):
@@ -176,10 +176,11 @@ def train(
                         measure(step)
                     if step > begin and step % cfg.train.save_every == 0:
                         save(step)
+                    store(step)  # also at the first step, whose snapshot a kill may have left unwritten
                     with ledger.time("data"):
-                        index = next_index(step)
+                        rows = next_rows(step)
                     with ledger.time("train"):
-                        current, values = update(current, pool, index)
+                        current, values = update(current, resident, rows)
                         log.add(values)
                         if (step + 1) % cfg.train.log_every == 0:
                             log.flush(step + 1)
@@ -191,12 +192,15 @@ def train(
                 if not stopped:
                     measure(done)
                 save(done)
+                store(done)
             except Diverged as error:
                 # A state whose own next step is not finite is no good one: going on from it fails again.
-                checkpoints.discard_after(error.step - 2)
+                for kept in stores:
+                    kept.discard_after(error.step - 2)
                 raise
         with ledger.time("checkpoint"):
-            checkpoints.wait()
+            for kept in stores:
+                kept.wait()
     ledger.save(folder / "ledger.json")
     return Outcome(current, stopped)
 
@@ -246,9 +250,13 @@ def _with_params(fresh: state.TrainState, params: Params) -> state.TrainState:
     def place(old: Array, new: Any) -> Array:
         return jax.device_put(np.asarray(new), old.sharding)
 
-    return state.TrainState(
-        fresh.step,
-        jax.tree.map(place, fresh.params, params),
-        jax.tree.map(place, fresh.ema, params),
-        fresh.opt_state,
+    return replace(
+        fresh,
+        params=jax.tree.map(place, fresh.params, params),
+        ema=jax.tree.map(place, fresh.ema, params),
+        profiles={name: jax.tree.map(place, old, params) for name, old in fresh.profiles.items()},
     )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

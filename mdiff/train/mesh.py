@@ -25,7 +25,7 @@ Rules: TypeAlias = Sequence[tuple[str, Rule]]
 
 AXES = ("data", "fsdp", "trial")
 BATCH = P(("data", "fsdp"))
-DEFAULT_RULES: Rules = ((r"^(params|ema|opt_state)/", "fsdp"), (r".*", "replicate"))
+DEFAULT_RULES: Rules = ((r"^(params|ema|profiles|opt_state)/", "fsdp"), (r".*", "replicate"))
 MIN_SHARDED_BYTES = 4 << 20  # smaller leaves cost more to gather than to hold
 
 

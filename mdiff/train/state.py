@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh as DeviceMesh
+from jax.tree_util import GetAttrKey
 
 from mdiff import config
 from mdiff.errors import UserError
 from mdiff.keys import key
 from mdiff.nets.denoiser import Model
+from mdiff.train import ema, optim
 from mdiff.train import mesh as meshes
 from mdiff.types import Array, Batch, Key, Objective, Params
 
-BatchFn = Callable[[dict[str, Array], Array, Key], Batch]
-"""`(pool on device, index [B], key) -> Batch`; a pure function, traced into the step."""
+Arrays: TypeAlias = dict[str, Array]
+BatchFn = Callable[[Arrays, Arrays, Key], Batch]
+"""`(arrays that stay on the devices, rows of this step, key) -> Batch`; a pure function, traced into the step."""
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class TrainState:
     """Everything a resumed run needs beside its config.
@@ -32,28 +35,40 @@ class TrainState:
       params: network parameters, float32.
       ema: their running average, what sampling uses.
       opt_state: optax state.
+      profiles: power-function averages by `ema.name(length)`; empty unless train.ema_lengths asks for some.
     """
 
     step: Array
     params: Params
     ema: Params
     opt_state: Any
+    profiles: dict[str, Params] = field(default_factory=dict)
 
+    # Without profiles the tree has no such branch: what was saved before there were any restores as before.
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        names = [each.name for each in fields(self) if each.name != "profiles" or self.profiles]
+        return [(GetAttrKey(name), getattr(self, name)) for name in names], tuple(names)
 
-def make_optimizer(cfg: config.Train) -> optax.GradientTransformation:
-    """Adam with linear warm-up and clipping by global norm."""
-    if cfg.warmup:
-        schedule = optax.linear_schedule(0.0, cfg.lr, cfg.warmup)
-    else:
-        schedule = optax.constant_schedule(cfg.lr)
-    clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip > 0 else optax.identity()
-    return optax.chain(clip, optax.adam(schedule))
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], children: Sequence[Any]) -> TrainState:
+        return cls(**dict(zip(names, children, strict=True)))
 
 
 def plan_state(
-    model: Model, optimizer: optax.GradientTransformation, seed: int, mesh: DeviceMesh
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: DeviceMesh,
+    lengths: Sequence[float] = (),
 ) -> tuple[Callable[[], TrainState], Any]:
     """How to make a fresh state, and what it looks like, before any memory is taken.
+
+    Args:
+      model: the network.
+      optimizer: from `optim.make_optimizer`.
+      seed: the run's seed.
+      mesh: the devices.
+      lengths: power-function averages to keep (train.ema_lengths).
 
     Returns:
       A function that creates the state sharded over `mesh`, and the state's shapes, dtypes and
@@ -62,8 +77,12 @@ def plan_state(
 
     def init() -> TrainState:
         params = model.init(key(seed, "init"))
-        ema = jax.tree.map(jnp.copy, params)  # donated separately, so it must not alias
-        return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
+
+        def copy() -> Params:  # donated separately, so nothing must alias
+            return jax.tree.map(jnp.copy, params)
+
+        profiles = {ema.name(length): copy() for length in lengths}
+        return TrainState(jnp.int32(0), params, copy(), optimizer.init(params), profiles)
 
     shapes = jax.eval_shape(init)
     out = meshes.shardings(shapes, mesh)
@@ -86,22 +105,30 @@ def make_step(
     batch_fn: BatchFn,
     cfg: config.Train,
     seed: int,
-) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]:
-    """One update: `(state, pool, index [B]) -> (state, metrics)`. All randomness is key(seed, step)."""
+) -> Callable[[TrainState, Arrays, Arrays], tuple[TrainState, Arrays]]:
+    """One update: `(state, resident, rows) -> (state, metrics)`. All randomness is key(seed, step).
 
-    def step(state: TrainState, pool: dict[str, Array], index: Array) -> tuple[TrainState, dict[str, Array]]:
-        batch = batch_fn(pool, index, key(seed, "batch", state.step))
+    Metrics are scalars: loss, grad_norm, lr (of this update), and the mean of the objective's loss_edm, if any.
+    """
+    schedule = optim.make_schedule(cfg)
 
-        def mean_loss(params: Params) -> Array:
-            return objective(params, key(seed, "train", state.step), batch)[0].mean()
+    def step(state: TrainState, resident: Arrays, rows: Arrays) -> tuple[TrainState, Arrays]:
+        batch = batch_fn(resident, rows, key(seed, "batch", state.step))
 
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        def mean_loss(params: Params) -> tuple[Array, Arrays]:
+            losses, aux = objective(params, key(seed, "train", state.step), batch)
+            return losses.mean(), {name: aux[name].mean() for name in ("loss_edm",) if name in aux}
+
+        (loss, more), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        rate = ema_rate(state.step + 1, cfg.batch, cfg.ema_halflife)
-        ema = jax.tree.map(lambda old, new: rate * old + (1 - rate) * new, state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        done = state.step + 1
+        rate = ema_rate(done, cfg.batch, cfg.ema_halflife)
+        average = jax.tree.map(lambda old, new: rate * old + (1 - rate) * new, state.ema, params)
+        profiles = ema.update(state.profiles, params, done, cfg.ema_lengths)
+        lr = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": lr, **more}
+        return TrainState(done, params, average, opt_state, profiles), metrics
 
     return step
 
@@ -111,9 +138,10 @@ def check(cfg: config.Train) -> None:
     for name in ("steps", "batch", "log_every", "save_every", "keep", "eval_samples"):
         if getattr(cfg, name) < 1:
             raise UserError(f"train.{name} = {getattr(cfg, name)}: must be 1 or more")
-    for name in ("warmup", "keep_every", "eval_every", "clip"):
+    for name in ("keep_every", "eval_every"):
         if getattr(cfg, name) < 0:
             raise UserError(f"train.{name} = {getattr(cfg, name)}: must be 0 or more")
-    for name in ("lr", "ema_halflife"):
-        if not getattr(cfg, name) > 0:
-            raise UserError(f"train.{name} = {getattr(cfg, name)}: must be above 0")
+    if not cfg.ema_halflife > 0:
+        raise UserError(f"train.ema_halflife = {cfg.ema_halflife}: must be above 0")
+    optim.check(cfg)
+    ema.check(cfg)

@@ -17,6 +17,9 @@ from mdiff import config
 from mdiff.errors import UserError
 from mdiff.files import check_writable, write_json
 
+STATEFUL = ("optimizer", "ema_lengths")
+"""Fields of `config.Train` that say what a checkpoint holds: a run is resumed with the ones it began with."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -76,30 +79,49 @@ def _first_difference(old: Any, new: Any, where: str = "") -> str:
     return ""
 
 
-def check(folder: Path, cfg: config.Config, state_bytes: int = 0) -> bool:
+def check(folder: Path, cfg: config.Config, state_bytes: int = 0, snapshot_bytes: int = 0) -> bool:
     """May this run write into `folder`? Touches nothing but a probe file; True when it resumes a run.
 
+    Args:
+      folder: the run's folder.
+      cfg: the experiment.
+      state_bytes: size of one checkpoint.
+      snapshot_bytes: size of all stored averages that are still to come.
+
     Raises:
-      UserError: another model's run is there, the folder cannot be written, or it lacks the space.
+      UserError: another model's run is there, or one whose state holds other things, the folder cannot be
+        written, or it lacks the space.
     """
     resuming = False
     if (folder / "config.json").exists():
         stored = read(folder)
-        if stored.digest != config.digest(cfg):
+        if config.digest(stored.config) != config.digest(cfg):  # not as stored: newer fields have defaults
             known = {name: tree for name, tree in config.to_json(cfg).items() if name in config.DIGESTED}
             what = _first_difference(config.to_json(stored.config), known)
             raise UserError(
                 f"--workdir {folder}: holds another run ({what}); choose a new --workdir, or go on with its config"
             )
+        for name in STATEFUL:
+            was, now = getattr(stored.config.train, name), getattr(cfg.train, name)
+            if was != now:
+                raise UserError(
+                    f"--workdir {folder}: was trained with train.{name} = {was}, which its checkpoints hold the state of; "
+                    f"{now} needs a new --workdir (--init-from takes the weights along)"
+                )
         resuming = True
-    elif (folder / "checkpoints").exists():
-        raise UserError(f"--workdir {folder}: has checkpoints but no config.json; choose a new --workdir")
+    for name in ("checkpoints", "ema"):
+        if not resuming and (folder / name).is_dir() and any((folder / name).iterdir()):
+            raise UserError(f"--workdir {folder}: has {name} but no config.json; choose a new --workdir")
     existing = check_writable(folder, "--workdir")
-    needed, free = state_bytes * (cfg.train.keep + 1), shutil.disk_usage(existing).free
-    if free < needed:
+    checkpoint_bytes, free = state_bytes * (cfg.train.keep + 1), shutil.disk_usage(existing).free
+    if free < checkpoint_bytes + snapshot_bytes:
+        more = (
+            f" and the snapshots of train.ema_every {snapshot_bytes / 1e6:.0f} MB" if snapshot_bytes else ""
+        )
+        fix = "train.keep, or raise train.ema_every" if snapshot_bytes else "train.keep"
         raise UserError(
             f"--workdir {folder}: {free / 1e6:.0f} MB free, but {cfg.train.keep + 1} checkpoints take "
-            f"{needed / 1e6:.0f} MB; free some space, or lower train.keep"
+            f"{checkpoint_bytes / 1e6:.0f} MB{more}; free some space, or lower {fix}"
         )
     return resuming
 
