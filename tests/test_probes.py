@@ -125,14 +125,18 @@ def test_a_memorizer_is_caught_by_all(world):
 
 def test_flips_count_when_asked_for(world):
     train, heldout = world
-    _, generated = copies(np.random.default_rng(4), train[:, :, ::-1], 100)
+    index, generated = copies(np.random.default_rng(4), train[:, :, ::-1], 100)
     for flips in (False, True):
         config = dataclasses.replace(FAST, flips=flips)
         close = registry.find("similarity")(generated, train, heldout, config)
         for kind in ("tile", "ssim", "phash"):
             assert (close[f"{kind}_excess"].estimate.value > 0.9) == flips, kind
-        copied = registry.find("yields")(generated, train, heldout, config)["copies"].estimate.value
-        assert (copied > 0.9) == flips
+        result = registry.find("yields")(generated, train, heldout, config)
+        assert (result["copies"].estimate.value > 0.9) == flips
+    bands = next(t for t in result.tables if "band" in t.columns)
+    high = dict(zip(bands.columns, next(r for r in bands.rows if r[:2] == ["train", "high"]), strict=True))
+    assert high["AMS"] == 1
+    assert high["UMS"] == pytest.approx(len(np.unique(index)) / 100)
 
 
 @pytest.mark.parametrize(
