@@ -42,7 +42,7 @@ class Data:
     shift: int = 0
     """Shift each training image by up to so many pixels, with mirrored edges."""
     augment: float = 0.0
-    """Probability of each transform of EDM's non-leaky augmentation; the network is told what was done."""
+    """Probability of the transforms of EDM's non-leaky augmentation (flips along x: half); the network is told."""
     duplicates: dict[int, int] = field(default_factory=dict)
     """Planted duplicates: training image id -> how many copies of it are trained on."""
     planted_flips: dict[int, int] = field(default_factory=dict)

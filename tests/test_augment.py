@@ -146,17 +146,19 @@ def test_flip_moves_the_finished_copy(batch_of):
     assert coins.mean(1).max() < 1
 
 
-def test_shift_moves_the_finished_copy(batch_of):
-    """Each example is moved by whole pixels, its noisy copy likewise, with mirrored edges (numpy's reflect)."""
+@pytest.mark.parametrize(("cutoff", "edges"), [(SIGMA, "wrap"), (0.0, "reflect")])
+def test_shift_moves_the_finished_copy(batch_of, cutoff, edges):
+    """Each example is moved by whole pixels, its noisy copy likewise: no pixel of a copy is seen twice."""
     index, reach = np.arange(40), 2
-    plain = batch_of(index)
+    plain = batch_of(index, cutoff=cutoff)
+    names = ("x", "y") if cutoff else ("x",)
     padded = {
-        name: np.pad(plain[name], ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="reflect")
-        for name in ("x", "y")
+        name: np.pad(plain[name], ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode=edges)
+        for name in names
     }
     counts = np.zeros((5, 5))
     for seed in range(25):
-        out = batch_of(index, jax.random.key(seed), shift=reach)
+        out = batch_of(index, jax.random.key(seed), cutoff=cutoff, shift=reach)
         for i in index:
             fits = [
                 (down, right)
@@ -166,8 +168,9 @@ def test_shift_moves_the_finished_copy(batch_of):
             ]
             ((down, right),) = fits
             counts[down, right] += 1
-            moved = padded["y"][i, down : down + 6, right : right + 6]
-            np.testing.assert_array_equal(out["y"][i], moved)
+            for name in names:
+                moved = padded[name][i, down : down + 6, right : right + 6]
+                np.testing.assert_array_equal(out[name][i], moved)
     assert stats.chisquare(counts.ravel()).pvalue > 1e-3
 
 
@@ -279,19 +282,19 @@ def test_nothing_is_told_where_nothing_was_done():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(400, 6, 6, 1)), jnp.float32)
     out, rows = non_leaky(jax.random.key(0), x, 0.12)
     untouched = (np.asarray(rows) == 0).all(1)
-    # Each of six is left out with probability 0.88; of the flips that are done, half do nothing.
-    assert stats.binomtest(int(untouched.sum()), 400, 0.88**4 * 0.94**2).pvalue > 1e-3
+    # Half are not mirrored; each of five is left out with probability 0.88; a flip along y does nothing half of the time.
+    assert stats.binomtest(int(untouched.sum()), 400, 0.5 * 0.88**4 * 0.94).pvalue > 1e-3
     np.testing.assert_array_equal(np.asarray(out)[untouched], np.asarray(x)[untouched])
     assert (np.abs(np.asarray(out - x)).max((1, 2, 3)) > 1e-3)[~untouched].all()
-    assert not augment.draw(jax.random.key(0), 3, 0.0).any()
+    assert not augment.draw(jax.random.key(0), 30, 0.0)[:, 1:].any()
 
 
 def test_law_of_what_is_done():
     n = 20_000
     rows = np.asarray(jax.jit(lambda key: augment.draw(key, n, 0.3))(jax.random.key(1)), np.float64)
     assert set(np.unique(rows[:, :2])) == {0.0, 1.0}
-    for column in (0, 1):
-        assert stats.binomtest(int(rows[:, column].sum()), n, 0.15).pvalue > 1e-3
+    for column, chance in ((0, 0.5), (1, 0.15)):
+        assert stats.binomtest(int(rows[:, column].sum()), n, chance).pvalue > 1e-3
     for column in (2, 7):  # translations are drawn together
         done = rows[rows[:, column] != 0]
         assert stats.binomtest(len(done), n, 0.3).pvalue > 1e-3
@@ -304,11 +307,16 @@ def test_law_of_what_is_done():
     stretched = rows[np.hypot(rows[:, 5], rows[:, 6]) > 0]
     assert stats.kstest(np.hypot(stretched[:, 5], stretched[:, 6]), stats.halfnorm.cdf).pvalue > 1e-3
     direction = np.arctan2(stretched[:, 6], stretched[:, 5])
-    assert stats.kstest(direction, stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > 1e-3
+    along, up = np.isclose(direction, 0, atol=1e-6), np.isclose(direction, np.pi / 2, atol=1e-6)
+    for straight in (along, up):
+        assert stats.binomtest(int(straight.sum()), len(direction), 0.25).pvalue > 1e-3
+    other = direction[~along & ~up]
+    assert stats.kstest(other, stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > 1e-3
     # Independent of one another, so uncorrelated; and unbiased but for the flips and the cosine.
-    correlation = np.corrcoef(rows.T)[np.triu_indices(9, 1)]
-    assert np.abs(correlation).max() < 5 / np.sqrt(n)
-    signed = rows[:, [2, 4, 5, 6, 7, 8]]
+    correlation = np.corrcoef(rows.T)
+    correlation[5, 6] = 0  # stretches along x and along y exclude each other
+    assert np.abs(correlation[np.triu_indices(9, 1)]).max() < 5 / np.sqrt(n)
+    signed = rows[:, [2, 4, 7, 8]]
     assert (np.abs(signed.mean(0)) < 4 * signed.std(0) / np.sqrt(n)).all()
 
 

@@ -67,31 +67,33 @@ def in_families(n: int, family: list[int]) -> Images:
 
 def test_no_family_is_on_both_sides():
     family = np.arange(60) // 3  # twenty families of three
-    images, alone = in_families(60, family), image_set(60)
+    images = in_families(60, family)
     for seed in range(20):
         config = Data(n=10, heldout=15, seed=seed)
-        subset, plain = split(config, images), split(config, alone)
+        subset = split(config, images)
         assert subset.train.family is not None and subset.heldout.family is not None
         assert not set(subset.train.family) & set(subset.heldout.family)
-        assert len(subset.heldout) == 15
-        # Families change nothing else: the same training images, and of the others the first that fit.
-        np.testing.assert_array_equal(subset.train.id, plain.train.id)
-        order = split(Data(n=10, heldout=50, seed=seed), alone).heldout.id
-        fits = [i for i in order if family[i] not in set(family[subset.train.id])]
-        np.testing.assert_array_equal(subset.heldout.id, fits[:15])
-    with one_line("data.n = 2", "data.heldout = 4", "only 3 images", "set data.heldout to 3"):
-        split(Data(n=2, heldout=4, seed=next_seed_with_one_family()), in_families(6, [0, 0, 0, 1, 1, 1]))
-    everything = split(Data(n=20, heldout=0), images)
+        assert (len(subset.train), len(subset.heldout)) == (10, 15)
+    with one_line("data.n = 2", "data.heldout = 4", "have 3 images", "set data.heldout to 3"):
+        split(Data(n=2, heldout=4), in_families(6, [0, 0, 0, 1, 1, 1]))
+    everything = split(Data(n=60, heldout=0), images)
     assert len(everything.heldout) == 0
 
 
-def next_seed_with_one_family() -> int:
-    """A seed whose first two of six images are both among the first three or both among the last three."""
-    for seed in range(20):
-        first = split(Data(n=2, heldout=0, seed=seed), image_set(6)).train.id
-        if first[0] // 3 == first[1] // 3:
-            return seed
-    raise AssertionError
+def test_both_sides_have_one_law_of_families():
+    """Large families are as likely to be held out as trained on."""
+    family = np.concatenate(
+        [np.repeat(np.arange(20), 6), np.arange(20, 140)]
+    )  # half of 240 images are in large ones
+    images = in_families(240, family)
+    shares = []
+    for seed in range(200):
+        subset = split(Data(n=60, heldout=60, seed=seed), images)
+        shares.append([np.mean(side.family < 20) for side in (subset.train, subset.heldout)])
+    train, heldout = np.transpose(shares)
+    assert abs((train - heldout).mean()) < 4 * (train - heldout).std() / np.sqrt(200)
+    assert abs(train.mean() - 0.5) < 0.03
+    assert abs(heldout.mean() - 0.5) < 0.03
 
 
 def test_everything_that_comes_with_an_image_is_taken_along():

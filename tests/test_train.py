@@ -191,8 +191,13 @@ def test_a_second_signal_kills(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, watch=Watch(10, twice))
+    # A shell's background job starts with Ctrl-C ignored, and "as usual" would then be nothing.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, watch=Watch(10, twice))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert saved(tmp_path) == [7]
 
 

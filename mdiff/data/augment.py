@@ -13,9 +13,10 @@ With p' and p the centred positions of a pixel after and before, x to the right 
     p' = T A(phi, b) R(theta) S(s) Fy Fx p,
 
 the flips Fx and Fy, the scaling S = 2^(s/5), the rotation R by theta, the stretch A by 2^(b/5) along the
-direction phi and by its inverse across it, and the translation T by (W u / 8, H v / 8). Each of the six is
-done with the same probability, independently; s, u, v are normal, b is the size of a normal number, theta and
-phi are uniform over the circle, and a flip that is done is a fair coin. (With b of either sign, as in the
+direction phi and by its inverse across it, and the translation T by (W u / 8, H v / 8). Fx is a fair coin
+always, as in EDM's training; each of the other five is done with the same probability, independently; s, u, v are
+normal, b is the size of a normal number, theta is uniform over the circle, phi is along x or y half of the time
+and else uniform over the circle, and Fy, if it is done, is a fair coin. (With b of either sign, as in the
 paper, the law of the images is the same, but what the network is told of b and phi would leave open whether
 the image was stretched along phi or across it.)
 """
@@ -65,16 +66,19 @@ def flip(key: Key, images: dict[str, Array]) -> dict[str, Array]:
     return {name: jnp.where(coin, dm_pix.flip_left_right(x), x) for name, x in images.items()}
 
 
-def shift(key: Key, images: dict[str, Array], pixels: int) -> dict[str, Array]:
+def shift(key: Key, images: dict[str, Array], pixels: int, cyclic: bool = False) -> dict[str, Array]:
     """Shifts each example by up to `pixels` along each axis; what comes in is mirrored at the edge pixel.
 
     Args:
       key: new at every step.
       images: arrays [B,H,W,C] of the same examples; all are shifted alike.
       pixels: below H and W. Static.
+      cyclic: what leaves on one side comes in on the other instead. A mirrored pixel repeats the noise of a
+        copy, which must stay white; a cyclic shift only moves it. Static.
     """
     joint = jnp.concatenate(list(images.values()), axis=-1)
-    padded = jnp.pad(joint, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="reflect")
+    padding = ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0))
+    padded = jnp.pad(joint, padding, mode="wrap" if cyclic else "reflect")
     keys = jax.random.split(key, len(joint))
     moved = jax.vmap(lambda k, image: dm_pix.random_crop(k, image, joint.shape[1:]))(keys, padded)
     parts = jnp.split(moved, len(images), axis=-1)
@@ -87,7 +91,7 @@ def non_leaky(key: Key, x: Array, probability: float) -> tuple[Array, Array]:
     Args:
       key: new at every step.
       x: [B,H,W,C].
-      probability: of each of the six transforms. Static.
+      probability: of each of the five transforms beside the flip along x. Static.
 
     Returns:
       The warped images [B,H,W,C], exactly x where nothing was done, and what was done, [B,9], see
@@ -102,15 +106,16 @@ def non_leaky(key: Key, x: Array, probability: float) -> tuple[Array, Array]:
 def draw(key: Key, batch: int, probability: float) -> Array:
     """What is done to each of `batch` examples: float32 [batch, 9], see `PARAMETERS`."""
     key_done, key_coin, key_normal, key_angle = jax.random.split(key, 4)
-    done = jax.random.bernoulli(key_done, probability, (6, batch))
-    coins = jax.random.bernoulli(key_coin, 0.5, (2, batch)).astype(jnp.float32)
+    done = jax.random.bernoulli(key_done, probability, (5, batch))
+    mirrored, upended, straight, upright = jax.random.bernoulli(key_coin, 0.5, (4, batch))
     s, b, u, v = jax.random.normal(key_normal, (4, batch))
     theta, phi = jax.random.uniform(key_angle, (2, batch), minval=-jnp.pi, maxval=jnp.pi)
     b = jnp.abs(b)
-    flip_x, flip_y, scaled, rotated, stretched, moved = done.astype(jnp.float32)
+    phi = jnp.where(straight, jnp.where(upright, jnp.pi / 2, 0.0), phi)
+    flip_y, scaled, rotated, stretched, moved = done.astype(jnp.float32)
     columns = [
-        flip_x * coins[0],
-        flip_y * coins[1],
+        mirrored.astype(jnp.float32),
+        flip_y * upended,
         scaled * s,
         rotated * (jnp.cos(theta) - 1),
         rotated * jnp.sin(theta),

@@ -50,9 +50,13 @@ def split(config: config_lib.Data, images: Images) -> Subset:
     """Draws training and held-out images by seed, and plants copies.
 
     One permutation of the set is drawn from the seed; the first n are trained on and the next `heldout`
-    are held out. So the training images of a smaller n are the first of those of a larger one. Where the set
-    knows families (images that are the same but for, say, skin tone), images of a family that is trained on
-    are passed over, so that no held-out image has a twin among the training images.
+    are held out. So the training images of a smaller n are the first of those of a larger one.
+
+    Where the set knows families (images that are the same but for, say, skin tone), no held-out image may have a
+    twin among the training images. Whole families are dealt to the two sides first, by seed and whatever their
+    size, in the proportion of n to heldout; then each side's images are drawn. Passing over held-out
+    candidates whose family is trained on would leave the large families to the training side, and a
+    control with another law is none.
 
     With config.reading "memory" the drawn images are in memory afterwards, wherever `images` are.
 
@@ -80,19 +84,31 @@ def split(config: config_lib.Data, images: Images) -> Subset:
     order = permutation(config.seed, "split", 0, total)
     first, rest = order[: config.n], order[config.n :]
     if images.family is not None:
-        rest = rest[~np.isin(images.family[rest], images.family[first])]
-        if len(rest) < config.heldout:
-            raise UserError(
-                f"data.n = {config.n} and data.heldout = {config.heldout}: only {len(rest)} images of "
-                f"{images.name!r} share no family with the training images; set data.heldout to {len(rest)} "
-                "or fewer, or data.n lower"
-            )
+        first, rest = _by_family(images.family, order, config)
+        for field, wanted, found in (("n", config.n, len(first)), ("heldout", config.heldout, len(rest))):
+            if found < wanted:
+                raise UserError(
+                    f"data.n = {config.n} and data.heldout = {config.heldout}: {images.name!r} has families, and "
+                    f"those dealt to this side have {found} images; set data.{field} to {found} or fewer"
+                )
+        first = first[: config.n]
     in_memory = config.reading == "memory"
     train = _drawn(images, first, in_memory)
     heldout = _drawn(images, rest[: config.heldout], in_memory)
     planted = plan(config, train)
     slots = _slots(config.duplicates, train.id, len(planted))
     return Subset(plant(train, planted), heldout, slots, planted)
+
+
+def _by_family(
+    family: np.ndarray, order: np.ndarray, config: config_lib.Data
+) -> tuple[np.ndarray, np.ndarray]:
+    """`order` [N] parted into candidates for training and for holding out, no family on both sides."""
+    numbers = np.unique(family)
+    dealt = numbers[permutation(config.seed, "families", 0, len(numbers))]
+    count = round(len(numbers) * config.n / (config.n + config.heldout))
+    trained = np.isin(family[order], dealt[:count])
+    return order[trained], order[~trained]
 
 
 def _drawn(images: Images, places: np.ndarray, in_memory: bool) -> Images:

@@ -113,7 +113,9 @@ def finish(raw: dict[str, Array], key: Key, cfg: config.Config) -> Batch:
     if cfg.data.flip:
         images = augment.flip(key, images)
     if cfg.data.shift:
-        images = augment.shift(augment.stream(key, "shift"), images, cfg.data.shift)
+        images = augment.shift(
+            augment.stream(key, "shift"), images, cfg.data.shift, cyclic=cfg.loss.cutoff > 0
+        )
     if cfg.data.augment:
         warped, told = augment.non_leaky(augment.stream(key, "augment"), images["x"], cfg.data.augment)
         images |= {"x": warped, "augment": told}

@@ -17,7 +17,11 @@ AUGMENT = 9  # numbers that describe one draw of EDM's augmentation (arXiv 2206.
 
 
 def noise_embedding(c_noise: Array, dim: int, max_period: float = 10_000.0) -> Array:
-    """Sinusoidal features [B, dim] of the scalar c_noise [B]: sines, then cosines (arXiv 2011.13456)."""
+    """Sinusoidal features [B, dim] of the scalar c_noise [B]: sines, then cosines (arXiv 2011.13456).
+
+    The frequencies end at 1 / max_period, in every network here; those published with ADM and DiT end one step
+    above it and put the cosines first.
+    """
     half = dim // 2
     frequency = max_period ** -(jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angle = c_noise[:, None].astype(jnp.float32) * frequency
@@ -27,7 +31,8 @@ def noise_embedding(c_noise: Array, dim: int, max_period: float = 10_000.0) -> A
 def position_embedding(height: int, width: int, dim: int, max_period: float = 10_000.0) -> Array:
     """Fixed 2-D positions [height * width, dim]: of the row, then of the column (arXiv 2111.06377, app. A.1).
 
-    Each half holds sines, then cosines, of the coordinate at dim / 4 frequencies from 1 down to 1 / max_period.
+    Each half holds sines, then cosines, of the coordinate at dim / 4 frequencies from 1 down to
+    max_period^(4 / dim - 1).
     """
     quarter = dim // 4
     frequency = max_period ** -(jnp.arange(quarter, dtype=jnp.float32) / quarter)

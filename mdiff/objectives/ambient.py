@@ -10,8 +10,9 @@ a = (sigma^2 - tn^2) / sigma^2. So the network's x0 estimate D is turned into on
 
     loss = weight * || a D(xt, sigma) + (1 - a) xt - y ||^2.
 
-The residual equals a (D - T) with T = y - (1 - a)/a (xt - y), an unbiased but noisy stand-in for x0 of
-variance tn^2 / a per pixel; T diverges at the cutoff, so it is never built. The three weights, as
+The residual equals a (D - T) with T = y - (1 - a)/a (xt - y), over redraws of n an unbiased but noisy stand-in
+for x0 of variance tn^2 / a per pixel (over the one draw of each of finitely many images, the minimum knows their
+noisy copies: D = (E_i[y_i | xt] - (1 - a) xt) / a); T diverges at the cutoff, so it is never built. The three weights, as
 multiples of the level's weight lambda on D - T: `edm` a^2 (the memorization paper), `x0` 1 (with a buffer,
 since 1/a^2 explodes at the cutoff), `inverse_variance` 1 / (1 + lambda tn^2 / a), which weighs T's own noise in.
 

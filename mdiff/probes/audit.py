@@ -1,6 +1,7 @@
 """The audit: what a set of generations copied from its training images, with a control and intervals.
 
-Every rule is applied twice, against the training images and against equally many held-out ones. A held-out
+Every rule is applied twice, against the training images and against as many held-out ones, or fewer where fewer
+are held out. A held-out
 image cannot have been copied, so what the rule finds there is its rate of false alarms; the difference,
 paired over generations, is the excess. Near-duplicate images count as one image throughout.
 
@@ -150,18 +151,21 @@ def audit(
     return result
 
 
-def ratio_rule(reference: np.ndarray, config: Audit, name: str = "train") -> Callable[[np.ndarray], Estimate]:
+def ratio_rule(
+    reference: np.ndarray, config: Audit, name: str = "train", most: int | None = None
+) -> Callable[[np.ndarray], Estimate]:
     """The audit's ratio rule alone, for curves: what depends on `reference` is computed once.
 
     Args:
       reference: [R,H,W,C] uint8, or float in [-1, 1].
       config: the rules.
       name: of the reference in an error.
+      most: images a control may have, those the audit would use: the number of training images.
 
     Returns:
       A function of generations [Q,H,W,C]: the share that are copies of a reference image.
     """
-    side = sets.reference(reference, config, name)
+    side = sets.reference(reference, config, name, most)
 
     def rate(generated: np.ndarray) -> Estimate:
         ratio = similarity.ratio_test(

@@ -59,7 +59,8 @@ def support(
     """Precision, recall, density and coverage.
 
     The intervals (Wilson's; for density a bootstrap over the sample) are those of a fresh row against these
-    balls; how the balls vary with the rows that made them is left out.
+    balls; how the balls vary with the rows that made them is left out. For recall and coverage the fresh row is one
+    of the reference: they do not tell how another draw of the sample would do.
 
     Args:
       sample: [n,F] rows, n > k.

@@ -124,9 +124,9 @@ def read(
     return Sets(generated, sides, notes)
 
 
-def reference(images: np.ndarray, config: Audit, name: str = "train") -> Side:
-    """One set of real images [R,H,W,C] alone, unchecked."""
-    return _side(name, images, None, config, None)
+def reference(images: np.ndarray, config: Audit, name: str = "train", most: int | None = None) -> Side:
+    """One set of real images [R,H,W,C] alone, unchecked; cut to `most` as `read` cuts a control."""
+    return _side(name, images, None, config, most)
 
 
 def check(config: Audit) -> None:

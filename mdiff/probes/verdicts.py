@@ -233,7 +233,7 @@ def verdicts(result: AuditResult, judges: Sequence[Answers]) -> ProbeResult:
         Measure(
             "unsure", "Answers that are “unsure”",
             intervals.wilson(int((table == 2).sum()), int((table >= 0).sum()), level), "%", "lower",
-            "Counted as not a copy everywhere above.",
+            "Counted as not a copy everywhere above. Judges answer the same pairs: with several the interval is too narrow.",
         ),
     ]  # fmt: skip
     if len(judges) == 2:

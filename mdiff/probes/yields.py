@@ -74,7 +74,7 @@ def chao1(hits: np.ndarray, draws: int, *, most: int | None = None, confidence: 
 
     U + (N - 1)/N f1 (f1 - 1) / (2 (f2 + 1)), with U images copied at all, f1 once and f2 twice (Chao 1984). The
     interval is Chao's (1987, Biometrics 43:783): log-normal in the unseen part, with the variance of the
-    bias-corrected form; with no image seen once, from the chance of having missed one.
+    bias-corrected form; with at most one image seen once, from the chance of having missed one.
 
     Args:
       hits: int [R], copies of each image among N generations.

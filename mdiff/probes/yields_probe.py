@@ -20,7 +20,7 @@ from mdiff.probes.sets import Progress, Side
 from mdiff.types import Estimate
 
 BANDS = (("low", 0.4, 0.5), ("mid", 0.5, 0.6), ("high", 0.6, math.inf))
-"""Bands of cosine similarity (arXiv 2410.02467, Fig. 4, chosen there for SSCD features)."""
+"""Bands of cosine similarity (arXiv 2410.02467, Fig. 4, chosen there for SSCD features; 0.4 is not printed there)."""
 POINTS = 40
 """Points of the rarefaction curve."""
 
@@ -149,7 +149,7 @@ def _measures(
             spread[""][-1],
             "images",
             "lower",
-            f"in {q} generations; the interval is for {q} fresh ones",
+            f"in {q} generations; the interval is that of the expected number in {q}",
         ),
         Measure(
             "chao1",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mdiff import config
 from mdiff.objectives import ambient
 from mdiff.recipes.generate import make_generator, sample, write_pngs
 from mdiff.recipes.measure import (
@@ -18,7 +19,7 @@ from mdiff.recipes.measure import (
     probe,
     probe_folders,
 )
-from mdiff.recipes.runs import Experiment, load_params, prepare, reopen
+from mdiff.recipes.runs import Experiment, load_params, prepare, reopen, run_config
 from mdiff.train import loop
 
 __all__ = [
@@ -45,7 +46,21 @@ def train(
 ) -> loop.Outcome:
     """Train the experiment in `folder`, measuring memorization along the way."""
     cfg, model = experiment.config, experiment.model
-    params = None if init_from is None else load_params(init_from, monitor, like=model)[0]
+    params = None
+    if init_from is not None:
+        params = load_params(init_from, monitor, like=model)[0]
+        _say_what_was_seen(cfg, init_from, monitor)
     objective = ambient.make(model, cfg)
     evaluator = memorization_curve(experiment)
     return loop.train(cfg, model, objective, experiment.subset, folder, monitor, evaluator, params)
+
+
+def _say_what_was_seen(cfg: config.Config, init_from: Path, monitor: loop.Monitor) -> None:
+    """One draw of noise per image protects it only if no earlier training saw the image or another draw."""
+    before = run_config(init_from)
+    kept = before.loss.cutoff >= cfg.loss.cutoff and (before.data, before.seed) == (cfg.data, cfg.seed)
+    if cfg.loss.cutoff and not kept:
+        monitor.say(
+            f"--init-from {init_from}: its cutoff is {before.loss.cutoff:g}, its seed {before.seed}: what it saw of the "
+            "images above the new cutoff stays in its weights; ambient training protects none of it"
+        )

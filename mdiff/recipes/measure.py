@@ -41,7 +41,7 @@ def memorization_curve(experiment: Experiment) -> Evaluator:
     n = cfg.train.eval_samples
     generate = make_generator(model, cfg.sample, subset.train.vector)
     rules = {
-        name: audits.ratio_rule(np.asarray(reference.x), audit_rules(cfg), side)
+        name: audits.ratio_rule(np.asarray(reference.x), audit_rules(cfg), side, len(subset.train))
         for name, side, reference in (
             ("memorized", "train", subset.train),
             ("control", "heldout", subset.heldout),

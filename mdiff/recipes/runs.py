@@ -83,6 +83,12 @@ def _run_folder(path: Path) -> tuple[Path, int | None]:
     return path, None
 
 
+def run_config(path: Path) -> config.Config:
+    """The config of the run (or single checkpoint of a run) at `path`."""
+    stored: config.Config = workdir.read(_run_folder(path)[0]).config
+    return stored
+
+
 def load_params(
     path: Path, monitor: loop.Monitor, like: Model | None = None, ema: float = 0.0
 ) -> tuple[Params, int]:

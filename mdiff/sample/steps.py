@@ -131,7 +131,7 @@ def ddim(process: GaussianProcess, cfg: config.Sample) -> Step:
 def dpmpp2m(process: GaussianProcess, cfg: config.Sample) -> Step:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), one network call per step.
 
-    Exact for an x0 that is linear in ln sigma; the slope comes from the previous step's x0. The first step
+    Exact for a constant x0; its slope in ln sigma, to second order, comes from the previous step. The first step
     has none. The last two, to sigma_min and to 0, are first order too: there ln sigma falls so far that the
     slope would be carried too far (the lower final order of that paper's few-step runs).
     """
