@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 import types
 import typing
@@ -50,6 +51,7 @@ def parse(
     Raises:
       UserError: an option is unknown, lacks a value or has one of the wrong type.
     """
+    _refuse_twice(cls, arguments)
     values: dict[str, Any] = {
         field.name: tyro.MISSING if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -137,6 +139,18 @@ def _problem(cls: Any, arguments: Sequence[str], missing: Sequence[str], flags: 
         if name not in given and name not in positional:
             return f"--{name.replace('_', '-')}: is missing; give {_wanted(named[name])}"
     return "these options do not fit together"
+
+
+def _refuse_twice(cls: Any, arguments: Sequence[str]) -> None:
+    """A mapping is written `--data.duplicates 7 5 8 2`; of a key given twice the last would silently win."""
+    known, _ = _options(cls)
+    for place, argument in enumerate(arguments):
+        if _is_option(argument) and typing.get_origin(known.get(argument[2:].replace("-", "_"))) is dict:
+            given = itertools.takewhile(lambda each: not _is_option(each), arguments[place + 1 :])
+            keys = list(given)[::2]
+            twice = [key for key in keys if keys.count(key) > 1]
+            if twice:
+                raise UserError(f"{argument}: {twice[0]} is given twice; give it once")
 
 
 def _is_option(argument: str) -> bool:

@@ -87,10 +87,15 @@ def sample(arguments: Sequence[str]) -> int:
 
     with Monitor() as monitor:
         made = experiment.reopen(args.workdir, args.sample)
+        before = _digest(args.workdir / "samples.npz")
         images = experiment.sample(made, args.workdir, monitor)
         if args.png:
             experiment.write_pngs(images, args.workdir / "generations")
         monitor.say(f"{len(images)} generations in {args.workdir / 'samples.npz'}")
+        if (args.workdir / "audit.json").is_file() and before != _digest(args.workdir / "samples.npz"):
+            monitor.say(
+                f"its audit is of other generations; measure these: mdiff eval --workdir {args.workdir}"
+            )
     return 0
 
 
@@ -233,13 +238,15 @@ def watch(arguments: Sequence[str]) -> int:
 
 def judge(arguments: Sequence[str]) -> int:
     parts = {"export": _judge_export, "import": _judge_import}
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        raise UserError("judge: nothing to do; give judge export or judge import, see mdiff judge --help")
+    if arguments[0] in ("-h", "--help"):
         print("usage: mdiff judge export RUN [OPTIONS]\n       mdiff judge import RUN ANSWERS.json [...]\n")
         print(
             "export writes a page on which a person judges the most copy-like pairs; import reads the answers."
         )
         print("Each has --help.")
-        return 0 if arguments else 2
+        return 0
     if arguments[0] not in parts:
         raise UserError(f"judge {arguments[0]}: unknown; give judge export or judge import")
     return parts[arguments[0]](arguments[1:])

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -308,6 +309,26 @@ def _forbid_unknown(cls: type, tree: dict[str, Any], where: str) -> None:
         default = known[name].default
         if hasattr(default, "__dataclass_fields__") and isinstance(value, dict):
             _forbid_unknown(type(default), value, f"{where}.{name}")
+
+
+def check_values(tree: Any, name: str = "") -> None:
+    """What holds for every field of a config, or of a part called `name`: numbers are finite, seeds 32 bits wide.
+
+    Raises:
+      UserError: the first field that is not.
+    """
+    for part in fields(tree):
+        value, full = getattr(tree, part.name), f"{name}.{part.name}" if name else part.name
+        if hasattr(value, "__dataclass_fields__"):
+            check_values(value, full)
+        elif part.name == "seed" and not 0 <= value < 2**32:
+            raise UserError(f"{full} = {value}: give a seed from 0 to {2**32 - 1}")
+        elif any(isinstance(each, float) and not math.isfinite(each) for each in (value, *_items(value))):
+            raise UserError(f"{full} = {value}: give a finite number")
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else ()
 
 
 def digest(config: Config) -> str:

@@ -431,3 +431,10 @@ def test_python_example_of_the_readme_runs():
     )
     assert done.returncode == 0, done.stderr
     assert "memorized" in done.stdout
+
+
+def test_a_planted_image_given_twice_is_refused(tmp_path, capsys):
+    told = ("--config", FACES, "--workdir", tmp_path / "r")
+    code, _, err = run(capsys, "train", *told, "--data.duplicates", 7, 2, 8, 3, 7, 4)
+    assert (code, err) == (2, "mdiff: --data.duplicates: 7 is given twice; give it once\n")
+    assert not (tmp_path / "r").exists()

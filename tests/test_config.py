@@ -1,6 +1,7 @@
 """Floor 0: configs, digests, keys, named trees, conventions."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -89,3 +90,22 @@ def test_bytes_and_floats():
     assert (x.min(), x.max(), x.dtype) == (-1.0, 1.0, np.float32)
     np.testing.assert_array_equal(to_uint8(x), u)
     np.testing.assert_array_equal(to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"train": config.Train(ema_halflife=float("inf"))},
+            "train.ema_halflife = inf: give a finite number",
+        ),
+        ({"loss": config.Loss(p_mean=float("nan"))}, "loss.p_mean = nan: give a finite number"),
+        ({"train": config.Train(ema_lengths=(0.1, float("inf")))}, "train.ema_lengths"),
+        ({"seed": -1}, "seed = -1: give a seed from 0"),
+        ({"data": config.Data(seed=2**32)}, "data.seed = 4294967296"),
+    ],
+)
+def test_values_no_field_may_have(part, message):
+    config.check_values(config.Config())
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.check_values(config.Config(**part))

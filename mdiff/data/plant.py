@@ -19,6 +19,8 @@ from mdiff.data.source import Images
 from mdiff.data.stream import uniforms
 from mdiff.errors import UserError
 
+MOST = 100_000
+"""Copies of one image that may be planted."""
 CROP = (0.85, 0.95)
 """Smallest and largest share of each side that a crop keeps."""
 
@@ -74,6 +76,8 @@ def check(field: str, image: int, count: int, known: set[int]) -> None:
     if count < 1:
         what = "an image is trained on at least once" if field == "data.duplicates" else "adds no copy"
         raise UserError(f"{field} = {{{image}: {count}}}: {what}; set 1 or more copies")
+    if count > MOST:
+        raise UserError(f"{field} = {{{image}: {count}}}: more copies than {MOST} of one image; set fewer")
 
 
 def _window(seed: int, image: int, number: int, height: int, width: int) -> tuple[float, float, float, float]:

@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from mdiff.errors import UserError
 from mdiff.types import to_uint8
 
+LARGEST = 4096
+"""Pixels along a side that images may be resized to."""
 BUILTIN = ("faces", "digits", "mnist5k", "emoji")
 NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 """What a TFDS set is called: "cifar10", "imagenet_resized/64x64", "imagenet2012:5.1.0"."""
@@ -106,6 +108,8 @@ def load(
     where = f"{field} = {source!r}"
     if size is not None and size < 1:
         raise UserError(f"{where}: cannot resize to {size}x{size} pixels; set the size to 1 or more")
+    if size is not None and size > LARGEST:
+        raise UserError(f"{where}: cannot resize to {size}x{size} pixels; set the size to {LARGEST} or less")
     # os.path answers False where pathlib raises: names that are too long, or below a closed folder.
     path = Path(os.path.expanduser(source))
     if source in BUILTIN:

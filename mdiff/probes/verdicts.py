@@ -99,8 +99,9 @@ def choose(result: AuditResult, top: int | None = None, controls: int | None = N
         top = min(_TOP, n if other is None or controls == 0 else max(1, 2 * n // 3))
     if controls is None:
         controls = 0 if other is None else min(top // 2, max(0, n - top))
-    if top < 1 or controls < 0:
-        raise UserError(f"--top {top}, --controls {controls}: give at least 1 and 0")
+    for name, value, least in (("top", top, 1), ("controls", controls, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value}: give {least} or more")
     if controls and other is None:
         raise UserError(f"--controls {controls}: the audit has no held-out images; give 0")
     if top + controls > n:

@@ -168,7 +168,7 @@ def make_times(loss: config.Loss, process: GaussianProcess, span: config.Process
         if not 1e-18 < lowest < highest < 1e18:
             raise UserError(
                 f"loss.p_mean = {loss.p_mean}, p_std = {loss.p_std}: law {loss.times} of process {span.kind} "
-                f"draws noise levels from {lowest:.1g} to {highest:.1g}, too wide for float32; lower p_std"
+                f"draws noise levels from {lowest:.1g} to {highest:.1g}, too wide for float32; move p_mean or lower p_std"
             )
         return _shared(times, loss)
 

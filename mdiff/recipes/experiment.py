@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mdiff import config
+from mdiff.errors import UserError
 from mdiff.objectives import ambient
 from mdiff.recipes.generate import make_generator, sample, write_pngs
 from mdiff.recipes.measure import (
@@ -48,6 +49,10 @@ def train(
     cfg, model = experiment.config, experiment.model
     params = None
     if init_from is not None:
+        if not init_from.exists():
+            raise UserError(
+                f"--init-from {init_from}: no such folder; give a run's folder, or its checkpoints/STEP"
+            )
         params = load_params(init_from, monitor, like=model)[0]
         _say_what_was_seen(cfg, init_from, monitor)
     objective = ambient.make(model, cfg)

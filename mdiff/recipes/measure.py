@@ -225,6 +225,8 @@ def audit_denoiser(
     Raises:
       UserError: a field is out of range or the images do not fit.
     """
+    for part, name in ((sample_as, "sample"), (rules, "audit"), (process, "process")):
+        config.check_values(part, name)
     laws.check(process)
     sampler.check(sample_as)
     guidance.check(sample_as, config.Net())  # the function has no condition to guide by

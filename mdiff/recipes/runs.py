@@ -40,14 +40,15 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     Raises:
       UserError: the first field that is out of range or does not fit the data or the record.
     """
+    config.check_values(cfg)
     laws.check(cfg.process)
     ambient.check(cfg.loss, cfg.process)
     state.check(cfg.train)
     sampler.check(cfg.sample)
     guidance.check(cfg.sample, cfg.net)
     spaces.check(cfg.audit)
-    augment.check(cfg.data)
     images = source.load(cfg.data.source, cfg.data.size, split=cfg.data.split, reading=cfg.data.reading)
+    augment.check(cfg.data)
     model = make_model(cfg, images.x.shape[-1])
     check_model(model, cfg)
     subset = split(cfg.data, images) if record is None else load_subset(record, images)

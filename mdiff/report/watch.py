@@ -151,6 +151,10 @@ def watch(
         raise UserError(f"--every {every:g}: give seconds above 0")
     console = console or Console()
     snapshots = [look(folder, time.time()) for folder in folders]
+    if once and not any(folder.exists() for folder in folders):
+        raise UserError(
+            f"{folders[0]}: no such folder; give the --workdir of a training run, or watch without --once"
+        )
     if once or not console.is_terminal:
         console.print(frame(snapshots, console.width))
         return
