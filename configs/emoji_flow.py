@@ -1,7 +1,7 @@
 """Rectified flow with a DiT on 500 emoji, 32x32 RGB: the smallest experiment away from EDM's defaults.
 
 Data: OpenMoji (inside the wheel, CC BY-SA 4.0), 500 training and 500 held-out drawings of different families.
-Cost: COST
+Cost: about 55 images/s on one CPU core, so 39 minutes. Not yet run to its end: what it memorizes is not known.
 """
 
 from mdiff.config import Config, Data, Loss, Net, Process, Sample, Train

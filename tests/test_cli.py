@@ -310,7 +310,7 @@ def test_overrides_reach_the_config():
         (["--loss.cutoff", "-1"], ["loss.cutoff = -1", "(0.002, 80.0)"]),
         (["--train.batch", "0"], ["train.batch = 0", "1 or more"]),
         (["--train.lr", "0"], ["train.lr = 0", "above 0"]),
-        (["--train.lr", "nan"], ["train.lr = nan", "above 0"]),
+        (["--train.lr", "nan"], ["train.lr = nan", "finite"]),
         (["--net.classes", "3"], ["net.classes = 3", "no labels", "net.classes to 0"]),
         (["--process.sigma-max", "0.001"], ["sigma_max = 0.001"]),
         (["--mesh.fsdp", "3"], ["mesh.fsdp = 3", "do not divide"]),
