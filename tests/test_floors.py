@@ -59,3 +59,13 @@ def test_no_tensorflow_and_no_big_files():
         assert "import tensorflow\n" not in text, path
         assert "import tensorflow as" not in text, path
         assert len(text.splitlines()) <= 420, path
+
+
+def test_tests_need_no_extra_but_dev():
+    """`make test` works without the extras `parity` and `docs`."""
+    extras = {"torch", "torchmetrics", "mkdocs", "nbconvert", "nbformat", "nbclient", "latex2mathml"}
+    for path in Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & extras, path
