@@ -112,13 +112,12 @@ def audit(arguments: Sequence[str]) -> int:
     check_writable(args.out, "--out")
     with Monitor() as monitor:
         heldout, before = None if args.heldout is None else str(args.heldout), _digest(args.out / "audit.npz")
-        experiment.audit_folders(str(args.generated), str(args.train), heldout, args.audit, args.out, monitor)
+        sets = experiment.load_folders(str(args.generated), str(args.train), heldout, args.out)
+        experiment.audit_folders(sets, args.audit, args.out, monitor)
         if before != _digest(args.out / "audit.npz"):
             _forget(args.out, monitor.say)
         for name in probes:
-            experiment.probe_folders(
-                name, str(args.generated), str(args.train), heldout, args.audit, args.out, monitor
-            )
+            experiment.probe_folders(name, sets, args.audit, args.out, monitor)
     _report(
         args.out,
         {args.generated.name or "generated": args.out},

@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +15,7 @@ import numpy as np
 
 from mdiff.errors import UserError
 from mdiff.files import strict, write_atomically, write_text
+from mdiff.probes import stamped
 from mdiff.types import Estimate
 
 FORMAT = 1
@@ -128,11 +126,8 @@ def save(result: ProbeResult, folder: str | Path) -> Path:
     stamp = None
     try:
         if result.arrays:
-            buffer = io.BytesIO()
-            arrays: dict[str, Any] = dict(result.arrays)
-            np.savez_compressed(buffer, **arrays)
-            stamp = _stamp(buffer.getvalue())
-            write_atomically(path.with_suffix(".npz"), lambda part: part.write_bytes(buffer.getvalue()))
+            data, stamp = stamped.pack(result.arrays)
+            write_atomically(path.with_suffix(".npz"), lambda part: part.write_bytes(data))
         tree = {
             "format": FORMAT,
             "probe": result.probe,
@@ -235,15 +230,4 @@ def _arrays(path: Path, stamp: str | None, again: str) -> dict[str, np.ndarray]:
         return {}
     if not path.is_file():
         raise UserError(f"{path}: no such file{again}")
-    data = path.read_bytes()
-    if _stamp(data) != stamp:
-        raise UserError(f"{path}: does not belong to its JSON{again}")
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile):
-        raise UserError(f"{path}: damaged{again}") from None
-
-
-def _stamp(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return stamped.read(path, stamp, "its JSON", again)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import mdiff
 from mdiff.config import Audit, from_json, to_json
 from mdiff.errors import UserError
 from mdiff.files import strict, write_atomically, write_text
+from mdiff.probes import stamped
 from mdiff.types import Estimate
 
 FORMAT = 1
@@ -98,12 +96,11 @@ def save(result: AuditResult, folder: str | Path) -> None:
     arrays: dict[str, Any] = {**result.rows, "hits": result.hits, **result.pictures}
     arrays |= {_IDS[name]: values for name, values in result.ids.items()}
     arrays |= {f"draws_{name}": values for name, values in result.draws.items()}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    data, stamp = stamped.pack(arrays)
     tree = {
         "format": FORMAT,
         "version": mdiff.__version__,
-        "arrays": _stamp(buffer.getvalue()),
+        "arrays": stamp,
         "estimates": {name: value and asdict(value) for name, value in result.estimates.items()},
         "counts": result.counts,
         "notes": result.notes,
@@ -116,7 +113,7 @@ def save(result: AuditResult, folder: str | Path) -> None:
     text = json.dumps(strict(tree), indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "audit.npz", lambda part: part.write_bytes(buffer.getvalue()))
+        write_atomically(folder / "audit.npz", lambda part: part.write_bytes(data))
         write_text(folder / "audit.json", text)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose a folder that can be written") from None
@@ -133,7 +130,6 @@ def load(folder: str | Path) -> AuditResult:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; run the audit first")
     again = "; run the audit again"
-    data = (folder / "audit.npz").read_bytes()
     try:
         tree = json.loads((folder / "audit.json").read_text())
     except ValueError:
@@ -141,13 +137,7 @@ def load(folder: str | Path) -> AuditResult:
     if tree.get("format") != FORMAT:
         found = tree.get("format")
         raise UserError(f"{folder / 'audit.json'}: format {found}, this version reads {FORMAT}{again}")
-    if tree.get("arrays") != _stamp(data):
-        raise UserError(f"{folder / 'audit.npz'}: does not belong to its audit.json{again}")
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile):
-        raise UserError(f"{folder / 'audit.npz'}: damaged{again}") from None
+    arrays = stamped.read(folder / "audit.npz", tree.get("arrays"), "its audit.json", again)
     columns = [prefix + name for prefix in ("", "control_") for name in _COLUMNS]
     try:
         return AuditResult(
@@ -173,7 +163,3 @@ def load(folder: str | Path) -> AuditResult:
 
 def _numbers(tree: dict[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in tree.items()}
-
-
-def _stamp(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ def _divide(numerator: Array, denominator: Array) -> Array:
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), 0.0)
 
 
+@dataclass(frozen=True)
 class GaussianProcess(ABC):
     """A noise law; subclasses say what alpha, sigma and the inverse of sigma/alpha are.
 
@@ -50,9 +52,9 @@ class GaussianProcess(ABC):
       rho: exponent of the Karras grid between the two.
     """
 
-    sigma_min: float
-    sigma_max: float
-    rho: float
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
 
     @abstractmethod
     def alpha(self, t: Array) -> Array:

@@ -27,10 +27,6 @@ class VarianceExploding(GaussianProcess):
     noise, and keeps small sigmas accurate in float32. Noise levels above sigma_max are times above 1.
     """
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-
     def alpha(self, t: Array) -> Array:
         return jnp.ones_like(t, jnp.float32)
 
@@ -49,9 +45,6 @@ class VariancePreserving(GaussianProcess):
     it are times above 1.
     """
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
     beta_min: float = 0.1
     beta_max: float = 20.0
 
@@ -79,10 +72,6 @@ class VariancePreserving(GaussianProcess):
 class CosineVariancePreserving(GaussianProcess):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (arXiv 2102.09672, eq. 17, without its offset and clip)."""
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-
     def alpha(self, t: Array) -> Array:
         # 1 - t is exact near t = 1, where the cosine would round.
         return jnp.sin(0.5 * math.pi * (1.0 - jnp.asarray(t, jnp.float32)))
@@ -97,10 +86,6 @@ class CosineVariancePreserving(GaussianProcess):
 @dataclass(frozen=True)
 class RectifiedFlow(GaussianProcess):
     """alpha = 1 - t, sigma = t: straight lines between image and noise (arXiv 2209.03003)."""
-
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
 
     def alpha(self, t: Array) -> Array:
         return 1.0 - jnp.asarray(t, jnp.float32)

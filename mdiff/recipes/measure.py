@@ -28,6 +28,9 @@ from mdiff.train import loop, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.types import Array, Evaluator, Params
 
+Sets = tuple[np.ndarray, source.Images, source.Images | None]
+"""Generations [Q,H,W,C], training images and, if there are any, held-out ones."""
+
 
 def audit_rules(cfg: config.Config) -> config.Audit:
     """The audit's rules, with mirrored images compared whenever they were trained on."""
@@ -116,7 +119,7 @@ def probe(name: str, experiment: Experiment, folder: Path, monitor: loop.Monitor
 
 def _probe(
     name: str,
-    sets: tuple[np.ndarray, source.Images, source.Images | None],
+    sets: Sets,
     rules: config.Audit,
     labels: dict[str, np.ndarray] | None,
     folder: Path,
@@ -137,18 +140,11 @@ def _probe(
     return result
 
 
-def audit_folders(
-    generated: str,
-    train_images: str,
-    heldout: str | None,
-    rules: config.Audit,
-    out: Path,
-    monitor: loop.Monitor,
-) -> AuditResult:
-    """Audit images from any system: three folders or .npz files, no model."""
-    made, known, control = _load_folders(generated, train_images, heldout, out)
+def audit_folders(sets: Sets, rules: config.Audit, out: Path, monitor: loop.Monitor) -> AuditResult:
+    """Audit images from any system, as `load_folders` read them: no model."""
+    generated, known, control = sets
     result = audits.audit(
-        made.x,
+        generated,
         known.x,
         None if control is None else control.x,
         rules,
@@ -162,22 +158,18 @@ def audit_folders(
 
 
 def probe_folders(
-    name: str,
-    generated: str,
-    train_images: str,
-    heldout: str | None,
-    rules: config.Audit,
-    out: Path,
-    monitor: loop.Monitor,
+    name: str, sets: Sets, rules: config.Audit, out: Path, monitor: loop.Monitor
 ) -> ProbeResult:
-    """Run a probe on images from any system, and save it in `out`."""
-    made, known, control = _load_folders(generated, train_images, heldout, out)
-    return _probe(name, (made.x, known, control), rules, None, out, monitor)
+    """Run a probe on images from any system, as `load_folders` read them, and save it in `out`."""
+    return _probe(name, sets, rules, None, out, monitor)
 
 
-def _load_folders(
-    generated: str, train_images: str, heldout: str | None, out: Path
-) -> tuple[source.Images, source.Images, source.Images | None]:
+def load_folders(generated: str, train_images: str, heldout: str | None, out: Path) -> Sets:
+    """Images from any system: three folders or .npz files, for the audit and the probes.
+
+    Raises:
+      UserError: they cannot be read or do not fit together, or `out` is one of them.
+    """
     sets = [
         None if path is None else source.load(path, None, f"--{field}")
         for field, path in (("generated", generated), ("train", train_images), ("heldout", heldout))
@@ -196,7 +188,7 @@ def _load_folders(
                 f"--{field} = {path!r}: images are {theirs} (height, width, channels), generated ones {ours}; "
                 "bring both to one size and colour mode"
             )
-    return made, known, control
+    return made.x, known, control
 
 
 def audit_denoiser(

@@ -14,7 +14,6 @@ from mdiff.errors import UserError
 from mdiff.features import spaces
 from mdiff.nets.denoiser import Model, make_model
 from mdiff.objectives import ambient
-from mdiff.objectives.denoise import check_model
 from mdiff.process import laws
 from mdiff.sample import guidance, sampler
 from mdiff.train import checkpoint, loop, mesh, optim, snapshots, state, workdir
@@ -50,7 +49,6 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     images = source.load(cfg.data.source, cfg.data.size, split=cfg.data.split, reading=cfg.data.reading)
     augment.check(cfg.data)
     model = make_model(cfg, images.x.shape[-1])
-    check_model(model, cfg)
     subset = split(cfg.data, images) if record is None else load_subset(record, images)
     if cfg.net.classes:
         found = -1 if images.label is None else int(images.label.max())
