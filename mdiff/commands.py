@@ -22,6 +22,7 @@ class TrainArgs:
     """Folder of the run; an interrupted run in it is resumed."""
     init_from: Path | None = None
     """Fine-tune: start from the averaged weights of this run, or of one of its checkpoints/STEP."""
+    processes: config.Processes = config.Processes()
     fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
 
@@ -35,6 +36,8 @@ class EvalArgs:
     """What to measure: audit, similarity, yields, quality. The page is made when the audit is among them."""
     sample: config.Sample = config.Sample()
     audit: config.Audit = config.Audit()
+    mesh: config.Mesh = config.Mesh()
+    processes: config.Processes = config.Processes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class SampleArgs:
     png: bool = False
     """Also write every generation as a PNG file into generations/."""
     sample: config.Sample = config.Sample()
+    mesh: config.Mesh = config.Mesh()
+    processes: config.Processes = config.Processes()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,6 +142,8 @@ class Train:
     """Optimizer steps."""
     batch: int = 32
     """Images per step, over all devices."""
+    accumulate: int = 1
+    """Parts a batch is worked through in, one after another: gradients are those of the whole, memory that of a part."""
     optimizer: Literal["adam", "adamw", "muon"] = "adam"
     """Adam, AdamW, or Muon for matrices with Adam for the rest."""
     lr: float = 1e-3
@@ -190,6 +192,20 @@ class Mesh:
     """Devices the state is sharded over; they carry batch too."""
     trial: int = 1
     """Devices that hold independent trials of a sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Which of the processes of a job this one is. Not part of an experiment: it differs from process to process."""
+
+    launch: Literal["auto", "cluster", "single"] = "auto"
+    """auto: join the job of Slurm, Open MPI, Kubernetes or a TPU pod if one started us; cluster: insist; single: do not."""
+    coordinator: str = ""
+    """host:port on which process 0 listens, for jobs that nothing detects; needs count and index."""
+    count: int = 0
+    """With coordinator: how many processes there are. 1 is a job of its own, which hears preemption notices."""
+    index: int = -1
+    """With coordinator: which one this is, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

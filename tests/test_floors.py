@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "mdiff"
 FLOORS = {
-    0: ("errors", "types", "keys", "trees", "config", "files", "console", "flops"),
+    0: ("errors", "types", "keys", "trees", "config", "files", "console", "flops", "processes", "lock"),
     1: ("process", "data"),
     2: ("nets",),
     3: ("objectives",),
@@ -15,7 +15,7 @@ FLOORS = {
     5: ("sample",),
     6: ("features", "probes"),
     7: ("recipes",),
-    8: ("report", "arguments", "commands", "cli"),
+    8: ("plan", "report", "arguments", "commands", "cli"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 APART = {("features", "probes"), ("process", "data"), ("data", "process")}
