@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mdiff import commands, config
+from mdiff import commands, config, job
 from mdiff.arguments import option, parse
 from mdiff.errors import UserError
 from mdiff.files import check_writable, strict, write_json
@@ -21,11 +21,11 @@ def train(arguments: Sequence[str]) -> int:
     path = option(arguments, "config")
     default = config.Config() if path is None else config.load(path)
     args = parse(commands.TrainArgs, arguments, "mdiff train", {"fields": default})
-    from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
-    with Monitor() as monitor:
-        made = experiment.prepare(args.fields)
+    with job.join("train", args.processes, _settings(args), notices=True) as this:
+        monitor = this.monitor
+        made = this.prepare(args.workdir, lambda: experiment.prepare(args.fields))
         outcome = experiment.train(made, args.workdir, monitor, args.init_from)
         if outcome.stopped:
             monitor.say(
@@ -49,11 +49,13 @@ def evaluate(arguments: Sequence[str]) -> int:
         defaults = {"sample": stored.sample, "audit": stored.audit}
     args = parse(commands.EvalArgs, arguments, "mdiff eval", defaults)
     probes = _probes(args.probes)
-    from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
-    with Monitor() as monitor:
-        made = experiment.reopen(args.workdir, args.sample, args.audit)
+    with job.join("eval", args.processes, _settings(args)) as this:
+        monitor = this.monitor
+        made = this.prepare(
+            args.workdir, lambda: experiment.reopen(args.workdir, args.sample, args.audit, args.mesh)
+        )
         before = _digest(args.workdir / "samples.npz")
         experiment.sample(made, args.workdir, monitor)
         if before != _digest(args.workdir / "samples.npz"):
@@ -64,7 +66,7 @@ def evaluate(arguments: Sequence[str]) -> int:
             experiment.probe(name, made, args.workdir, monitor)
         if "audit" not in args.probes:
             monitor.say(f"no page without the audit; next: mdiff report {args.workdir}")
-    if "audit" in args.probes:
+    if "audit" in args.probes and this.first:
         _report(
             args.workdir,
             {made.config.name: args.workdir},
@@ -82,11 +84,13 @@ def sample(arguments: Sequence[str]) -> int:
 
         defaults = {"sample": workdir.read(Path(folder)).config.sample}
     args = parse(commands.SampleArgs, arguments, "mdiff sample", defaults, flags=True)
-    from mdiff.console import Monitor
     from mdiff.recipes import experiment
 
-    with Monitor() as monitor:
-        made = experiment.reopen(args.workdir, args.sample)
+    with job.join("sample", args.processes, _settings(args)) as this:
+        monitor = this.monitor
+        made = this.prepare(
+            args.workdir, lambda: experiment.reopen(args.workdir, args.sample, mesh_as=args.mesh)
+        )
         before = _digest(args.workdir / "samples.npz")
         images = experiment.sample(made, args.workdir, monitor)
         if args.png:
@@ -147,6 +151,11 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _settings(args: Any) -> dict[str, Any]:
+    """What all processes of a job must have been started with: everything but which process it is."""
+    return {name: tree for name, tree in config.to_json(args).items() if name not in ("config", "processes")}
+
+
 def _probes(names: Sequence[str]) -> list[str]:
     """The probes beside the audit, each once; a wrong name costs nothing but the time to read one line."""
     if not names:
@@ -162,11 +171,19 @@ def _probes(names: Sequence[str]) -> list[str]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    from mdiff import processes
+
+    return processes.from_first(
+        lambda: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    )
 
 
 def _forget(folder: Path, say: Callable[[str], None]) -> None:
     """Delete the results of probes on earlier generations, which the page would show beside new ones."""
+    from mdiff import processes
+
+    if not processes.is_first():
+        return
     if stale := sorted(folder.glob("probe_*.json")):
         for path in stale:
             path.unlink()
@@ -356,8 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{name}: unknown command; there are {', '.join(COMMANDS)}")
         return COMMANDS[name].run(arguments[1:])
     except UserError as error:
-        print(f"mdiff: {error}", file=sys.stderr)
-        return 2
+        return job.fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise

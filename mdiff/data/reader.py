@@ -40,29 +40,22 @@ class Reader(Protocol):
 def make_reader(
     cfg: config.Config,
     subset: Subset,
-    process_index: int = 0,
-    process_count: int = 1,
+    places: np.ndarray | None = None,
 ) -> Reader:
     """The reader that data.reading asks for.
 
     Args:
       cfg: uses data, train.batch, seed, net.classes and net.vector.
       subset: from `split` or `load_subset`.
-      process_index: which of the processes this is; its rows are the `process_index`-th equal part of the
-        batch.
-      process_count: how many processes share the batch.
+      places: int [b], which places of each batch this process reads; None is all of them.
 
     Raises:
-      UserError: an augmentation is out of range, the processes do not divide the batch, or the network is
-        conditioned on what the images do not come with.
+      UserError: an augmentation is out of range, or the network is conditioned on what the images do not come
+        with.
     """
     augment.check(cfg.data)
-    if cfg.train.batch % process_count:
-        raise UserError(
-            f"train.batch = {cfg.train.batch}: does not divide over {process_count} processes; set it to a "
-            "multiple"
-        )
-    rows = Rows(cfg.seed, cfg.train.batch, subset.slots, process_index, process_count)
+    places = np.arange(cfg.train.batch) if places is None else places
+    rows = Rows(cfg.seed, cfg.train.batch, subset.slots, places)
     columns = _columns(cfg, subset)
     if cfg.data.reading == "disk":
         return DiskReader(subset.train.x, columns, rows)
@@ -91,10 +84,8 @@ def _columns(cfg: config.Config, subset: Subset) -> dict[str, np.ndarray]:
 class Rows:
     """Which training images make this process's part of each batch."""
 
-    def __init__(self, seed: int, batch: int, slots: np.ndarray, process: int, processes: int) -> None:
-        self._seed, self._batch, self._slots = seed, batch, slots
-        share = batch // processes
-        self._mine = slice(process * share, (process + 1) * share)
+    def __init__(self, seed: int, batch: int, slots: np.ndarray, places: np.ndarray) -> None:
+        self._seed, self._batch, self._slots, self._mine = seed, batch, slots, places
 
     def __call__(self, step: int) -> np.ndarray:
         """int32 [b] indices into the training images."""

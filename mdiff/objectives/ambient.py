@@ -30,6 +30,8 @@ from mdiff.nets.denoiser import Model
 from mdiff.objectives import denoise as plain
 from mdiff.objectives.denoise import (
     Denoise,
+    DrawnObjective,
+    Draws,
     check_model,
     denoise_with,
     discount,
@@ -40,7 +42,7 @@ from mdiff.objectives.denoise import (
 )
 from mdiff.process.gaussian import bcast
 from mdiff.process.times import make_times
-from mdiff.types import Array, Batch, Key, Objective, Params
+from mdiff.types import Array, Batch, Key, Params
 
 
 def mixing(sigma: Array, cutoff: float) -> Array:
@@ -109,7 +111,7 @@ def weigh(
     return weight * error if u is None else jnp.where(weight > 0, discount(weight * error, u), 0.0)
 
 
-def make(model: Model, cfg: config.Config) -> Objective:
+def make(model: Model, cfg: config.Config) -> DrawnObjective:
     """The ambient objective; with cutoff 0 it *is* the plain one, chosen before tracing.
 
     `batch["y"]` must hold the fixed noisy copies (see `mdiff.data.degrade`), made before any
@@ -125,9 +127,8 @@ def make(model: Model, cfg: config.Config) -> Objective:
     check_model(model, cfg)
     times = make_times(cfg.loss, model.process, cfg.process)
 
-    def objective(params: Params, key: Key, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        x = batch["x"]
-        sigma, eps, drop, key = draw(key, x, times, cfg.net.condition_dropout)
+    def loss(params: Params, draws: Draws, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        x, (sigma, eps, drop, key) = batch["x"], draws
         above = sigma >= cfg.loss.cutoff
         if "augment" in batch:
             batch = {**batch, "augment": jnp.where(above[:, None], 0.0, batch["augment"])}
@@ -139,7 +140,7 @@ def make(model: Model, cfg: config.Config) -> Objective:
             aux["loss_edm"] = weigh(error, a, edm_weight(sigma, model.sigma_data), sigma, cfg.loss)
         return weigh(error, a, lam, sigma, cfg.loss, u), aux
 
-    return objective
+    return DrawnObjective(lambda key, x: draw(key, x, times, cfg.net.condition_dropout), loss)
 
 
 def check(cfg: config.Loss, process: config.Process) -> None:

@@ -17,6 +17,7 @@ They hold in every process, since x0 and sigma mean the same in all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from mdiff.errors import UserError
 from mdiff.nets.denoiser import Model
 from mdiff.process.gaussian import bcast
 from mdiff.process.times import Times, make_times
-from mdiff.types import Array, Batch, Key, Objective, Params
+from mdiff.types import Array, Batch, Key, Params
 
 Denoise = Callable[[Array, Array, Key], Array]
 """`(x [B,H,W,C], sigma [B], dropout key) -> x0 estimate [B,H,W,C]`, at unit signal scale."""
@@ -80,6 +81,23 @@ class Draws(NamedTuple):
     eps: Array
     drop: Array | None
     key: Key
+
+
+@dataclass(frozen=True)
+class DrawnObjective:
+    """An objective in two halves, so that a batch can be drawn for as a whole and worked through in parts.
+
+    Attributes:
+      draw: `(key, x [B,H,W,C]) -> Draws`.
+      loss: `(params, draws, batch) -> (loss [B], aux)`.
+    """
+
+    draw: Callable[[Key, Array], Draws]
+    loss: Callable[[Params, Draws, Batch], tuple[Array, dict[str, Array]]]
+
+    def __call__(self, params: Params, key: Key, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        """See `mdiff.types.Objective`."""
+        return self.loss(params, self.draw(key, batch["x"]), batch)
 
 
 def draw(key: Key, x: Array, times: Times, condition_dropout: float = 0.0) -> Draws:
@@ -136,7 +154,7 @@ def check_model(model: Model, cfg: config.Config) -> None:
         )
 
 
-def make(model: Model, cfg: config.Config) -> Objective:
+def make(model: Model, cfg: config.Config) -> DrawnObjective:
     """The denoising objective of a config.
 
     `aux` holds each example's sigma [B] and, when it is weighed in another way, its loss under EDM's weight,
@@ -148,9 +166,8 @@ def make(model: Model, cfg: config.Config) -> Objective:
     check_model(model, cfg)
     times = make_times(cfg.loss, model.process, cfg.process)
 
-    def objective(params: Params, key: Key, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        x = batch["x"]
-        sigma, eps, drop, key = draw(key, x, times, cfg.net.condition_dropout)
+    def loss(params: Params, draws: Draws, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        x, (sigma, eps, drop, key) = batch["x"], draws
         error = squared_error(denoise_with(model, params, batch, drop), x, sigma, eps, key)
         weighted = level_weight(sigma, cfg.loss, model.sigma_data) * error
         aux = {"sigma": sigma}
@@ -158,4 +175,4 @@ def make(model: Model, cfg: config.Config) -> Objective:
             aux["loss_edm"] = edm_weight(sigma, model.sigma_data) * error
         return discount(weighted, model.log_variance(params, sigma)), aux
 
-    return objective
+    return DrawnObjective(lambda key, x: draw(key, x, times, cfg.net.condition_dropout), loss)

@@ -21,6 +21,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from mdiff import processes
+
 _SPARE = 16  # candidates beyond the k asked for
 _ELEMENTS = 1 << 19  # differences computed at once; fits the cache
 _PAIRS = 1 << 22  # pairs listed at once where every reference is compared directly
@@ -106,14 +108,15 @@ def _search(
     """Squared distances [Q,k] on the [-1, 1] scale and indices; widens the candidates until certain."""
     count = len(references)
     candidates = min(candidates, count)
-    out = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
     centre = references.mean(0, dtype=np.float64).astype(np.float32)
     blocks = [] if candidates == count else _blocks(references, centre, chunk, tiles)
     if candidates == count:
         chunk = max(1, min(chunk, _PAIRS // count))
-    retry = []
-    for start in range(0, len(queries), chunk):
-        rows = queries[start : start + chunk]
+    chunk = min(chunk, -(-len(queries) // processes.count()))  # the result does not depend on it
+    starts = range(0, len(queries), chunk)
+
+    def part(place: int) -> tuple[np.ndarray, ...]:
+        rows = queries[starts[place] : starts[place] + chunk]
         certain = np.ones(len(rows), bool)
         if candidates == count:
             proposed = np.broadcast_to(np.arange(count), (len(rows), count))
@@ -126,12 +129,16 @@ def _search(
         if candidates < count:
             # Whatever was left out is no nearer than the last candidate looked, less the rounding.
             certain = rough[:, -1] - slack > exact[:, -1]
-        out[0][start : start + chunk], out[1][start : start + chunk] = exact, proposed
-        retry.append(start + np.flatnonzero(~certain))
-    unsure = np.concatenate(retry)
+        return exact, proposed, certain
+
+    found = zip(*processes.spread(len(starts), part), strict=True)
+    exact, proposed, certain = (np.concatenate(each) for each in found)
+    unsure = np.flatnonzero(~certain)
     if len(unsure):
-        out[0][unsure], out[1][unsure] = _search(queries[unsure], references, k, 8 * candidates, chunk, tiles)
-    return out
+        exact[unsure], proposed[unsure] = _search(
+            queries[unsure], references, k, 8 * candidates, chunk, tiles
+        )
+    return exact, proposed
 
 
 def _tiled(rows: np.ndarray, tiles: int) -> np.ndarray:
@@ -262,15 +269,19 @@ def cluster_near_duplicates(
     centre = rows.mean(0, dtype=np.float64).astype(np.float32)
     labels = np.arange(count)
     for other in [rows] if mirrored is None else [rows, np.asarray(mirrored, np.float32)]:
-        blocks = _blocks(other, centre, chunk)
-        for start in range(0, count, chunk):
-            part = _tiled(rows[start : start + chunk] - centre, 1)
-            norms = _norms(part)
+        blocks, starts = _blocks(other, centre, chunk), range(0, count, chunk)
+
+        def part(place: int, other: Any = other, blocks: Any = blocks, starts: Any = starts) -> list[np.ndarray]:
+            """Pairs of near duplicates of which one is in this chunk: enough of them to connect all."""
+            nonlocal labels
+            start, pairs = starts[place], [np.zeros((2, 0), np.int64)]
+            rest = _tiled(rows[start : start + chunk] - centre, 1)
+            norms = _norms(rest)
             for offset, block, block_norms in blocks:
                 if offset + block.shape[1] <= start:
                     continue  # the pair of blocks was seen from the other side
                 longest = float(block_norms[np.isfinite(block_norms)].max())
-                rough = np.asarray(_products(part, norms, block, block_norms), np.float64)
+                rough = np.asarray(_products(rest, norms, block, block_norms), np.float64)
                 left, right = np.nonzero(rough <= limit + _slack(norms[0], longest, size)[:, None])
                 left, right = left + start, right + offset
                 open_pairs = labels[left] != labels[right]
@@ -278,6 +289,11 @@ def cluster_near_duplicates(
                 close = _squared_pairs(rows, other, left, right) <= limit
                 if close.any():
                     labels = _join(labels, left[close], right[close])
+                    pairs.append(np.stack([left[close], right[close]]))
+            return [np.concatenate(pairs, 1)]
+
+        for (pairs,) in processes.spread(len(starts), part):
+            labels = _join(labels, *pairs)
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 

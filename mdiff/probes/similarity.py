@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mdiff import processes
 from mdiff.errors import UserError
 from mdiff.probes.intervals import wilson
 from mdiff.probes.neighbours import (
@@ -143,16 +144,20 @@ def cosine_nearest(
       index: int64 [Q] into the references.
     """
     mean = np.asarray(features_r, np.float64).mean(0) if centre else 0.0
-    best, index = np.full(len(features_q), -np.inf), np.zeros(len(features_q), np.int64)
-    for start in range(0, len(features_r), chunk):
-        refs = _unit(features_r[start : start + chunk], mean)
-        for i in range(0, len(features_q), chunk):
-            part = slice(i, i + chunk)
-            cosines = _unit(features_q[part], mean) @ refs.T
+    starts = range(0, len(features_q), chunk)
+
+    def part(place: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = _unit(features_q[starts[place] : starts[place] + chunk], mean)
+        best, index = np.full(len(rows), -np.inf), np.zeros(len(rows), np.int64)
+        for start in range(0, len(features_r), chunk):
+            cosines = rows @ _unit(features_r[start : start + chunk], mean).T
             top = cosines.max(1)
-            better = top > best[part]
-            index[part] = np.where(better, start + cosines.argmax(1), index[part])
-            best[part] = np.where(better, top, best[part])
+            index = np.where(top > best, start + cosines.argmax(1), index)
+            best = np.maximum(top, best)
+        return best, index
+
+    parts = [(np.zeros(0), np.zeros(0, np.int64)), *processes.spread(len(starts), part)]
+    best, index = (np.concatenate(each) for each in zip(*parts, strict=True))
     return np.where(best > 1 - 1e-12, 1.0, np.maximum(best, -1.0)), index
 
 

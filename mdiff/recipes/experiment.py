@@ -55,7 +55,7 @@ def train(
             raise UserError(
                 f"--init-from {init_from}: no such folder; give a run's folder, or its checkpoints/STEP"
             )
-        params = load_params(init_from, monitor, like=model)[0]
+        params = load_params(init_from, monitor, like=model, on=cfg.mesh)[0]
         _say_what_was_seen(cfg, init_from, monitor)
     objective = ambient.make(model, cfg)
     evaluator = memorization_curve(experiment)

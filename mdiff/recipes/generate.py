@@ -8,19 +8,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh as DeviceMesh
 from PIL import Image
 
-from mdiff import config
+from mdiff import config, processes
 from mdiff.files import write_atomically
 from mdiff.keys import keys
 from mdiff.nets.denoiser import Model
 from mdiff.recipes.runs import Experiment, load_params
 from mdiff.sample import guidance, sampler
-from mdiff.train import loop
+from mdiff.train import loop, mesh
 from mdiff.train.ledger import Ledger
 from mdiff.types import Array, Params, to_uint8
 
@@ -38,15 +40,26 @@ def conditions(model: Model, params: Params, index: Array, vectors: np.ndarray |
 
 
 def make_generator(
-    model: Model, cfg: config.Sample, vectors: np.ndarray | None = None
-) -> Callable[[Params, Array], Array]:
-    """A jitted `(params, sample index [B]) -> images [B,H,W,C]`; sample i is the same in any batch.
+    model: Model,
+    cfg: config.Sample,
+    vectors: np.ndarray | None = None,
+    on: DeviceMesh | None = None,
+) -> Callable[[Params, Any], Array]:
+    """`(params, sample index [B]) -> images [B,H,W,C]`, jitted; sample i is the same in any batch.
 
-    `vectors` [N,V] are the training images' own, for a model conditioned on them.
+    Args:
+      model: the network.
+      cfg: the sampler.
+      vectors: [N,V] the training images' own, for a model conditioned on them.
+      on: devices the batch is split over; it is filled up where it does not divide. Every process gets all images.
     """
+    split, whole = (None, None) if on is None else (mesh.batch_sharding(on), mesh.replicated(on))
+    ways = 1 if on is None else mesh.batch_devices(on)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=whole)
     def generate(params: Params, index: Array) -> Array:
+        if split is not None:
+            index = jax.lax.with_sharding_constraint(index, split)
         denoiser = model.denoiser(params)
         if cfg.guidance != 1:
             null, span = model.condition(params, {}, n=1), (cfg.guidance_min, cfg.guidance_max)
@@ -55,15 +68,24 @@ def make_generator(
         every = keys(cfg.seed, "sample", index)
         return sampler.sample(model.process, cfg, denoiser, every, model.shape, cond)
 
-    return generate
+    if on is None:
+        return generate
+
+    def fill_up(params: Params, index: Any) -> Array:
+        short = -len(index) % ways
+        padded = np.pad(np.asarray(index), (0, short), mode="edge")
+        images = generate(params, mesh.place(padded, whole))
+        return images[: len(index)] if short else images
+
+    return fill_up
 
 
-def batches(n: int, batch: int) -> list[Array]:
+def batches(n: int, batch: int) -> list[np.ndarray]:
     """Sample indices 0..n-1 in device batches of one size; the last one runs over."""
-    return [jnp.arange(start, start + batch) for start in range(0, n, batch)]
+    return [np.arange(start, start + batch, dtype=np.int32) for start in range(0, n, batch)]
 
 
-def draw(generate: Callable[[Array], Array], n: int, batch: int) -> np.ndarray:
+def draw(generate: Callable[[Any], Array], n: int, batch: int) -> np.ndarray:
     """Samples 0..n-1 of `generate(index [B]) -> images [B,H,W,C]` as uint8 [n,H,W,C]."""
     return np.concatenate([to_uint8(generate(index)) for index in batches(n, batch)])[:n]
 
@@ -77,32 +99,44 @@ def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.nd
       uint8 [n,H,W,C].
     """
     cfg, model = experiment.config, experiment.model
-    params, step = load_params(folder, monitor, ema=cfg.sample.ema)
+    params, step = load_params(folder, monitor, ema=cfg.sample.ema, on=cfg.mesh)
     drawn = json.dumps([step, config.digest(cfg), {**config.to_json(cfg.sample), "n": 0}], sort_keys=True)
     unfinished = folder / "samples" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
     ledger = Ledger.load(folder / "ledger.json")
     with ledger.time("sample"):
-        generate = make_generator(model, cfg.sample, experiment.subset.train.vector)
-        parts = []
-        for place, index in enumerate(batches(cfg.sample.n, cfg.sample.batch)):
-            path = unfinished / f"{place:06d}.npy"
-            if not path.is_file():
+        generate = make_generator(model, cfg.sample, experiment.subset.train.vector, mesh.make_mesh(cfg.mesh))
+        todo = batches(cfg.sample.n, cfg.sample.batch)
+        paths = [unfinished / f"{place:06d}.npy" for place in range(len(todo))]
+        present = processes.from_first(lambda: [path.is_file() for path in paths])
+        for place, (path, index) in enumerate(zip(paths, todo, strict=True)):
+            if not present[place]:
                 write_atomically(path, functools.partial(np.save, arr=to_uint8(generate(params, index))))
-            parts.append(np.load(path))
             done = min((place + 1) * cfg.sample.batch, cfg.sample.n)
             monitor.progress("sample", done, cfg.sample.n, {})
-        images = np.concatenate(parts)[: cfg.sample.n]
-        write_atomically(
-            folder / "samples.npz",
-            lambda temporary: np.savez_compressed(temporary, x=images, id=np.arange(len(images)), step=step),
-        )
-        shutil.rmtree(folder / "samples")
+        processes.from_first(lambda: _join(folder, paths, cfg.sample.n, step))
     ledger.save(folder / "ledger.json")
-    return images
+    return load(folder)[0]
+
+
+def _join(folder: Path, paths: list[Path], n: int, step: int) -> None:
+    images = np.concatenate([np.load(path) for path in paths])[:n]
+    write_atomically(
+        folder / "samples.npz",
+        lambda temporary: np.savez_compressed(temporary, x=images, id=np.arange(n), step=step),
+    )
+    shutil.rmtree(folder / "samples")
+
+
+def load(folder: Path) -> tuple[np.ndarray, int]:
+    """A run's generations, uint8 [n,H,W,C], and the training step they are of."""
+    with (folder / "samples.npz").open("rb") as opened, np.load(opened) as stored:
+        return stored["x"], int(stored["step"])
 
 
 def write_pngs(images: np.ndarray, folder: Path) -> None:
     """uint8 [n,H,W,C] as `folder/000000.png`, …."""
+    if not processes.is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for place, image in enumerate(images):
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(

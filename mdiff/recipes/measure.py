@@ -21,10 +21,10 @@ from mdiff.probes import records, registry
 from mdiff.probes.records import ProbeResult
 from mdiff.probes.results import AuditResult
 from mdiff.process import laws
-from mdiff.recipes.generate import draw, make_generator
+from mdiff.recipes.generate import draw, load, make_generator
 from mdiff.recipes.runs import Experiment
 from mdiff.sample import guidance, sampler
-from mdiff.train import loop, workdir
+from mdiff.train import loop, mesh, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.types import Array, Evaluator, Params
 
@@ -42,7 +42,7 @@ def memorization_curve(experiment: Experiment) -> Evaluator:
     """The evaluator a training loop is handed: memorized fraction of a few generations, with control."""
     cfg, model, subset = experiment.config, experiment.model, experiment.subset
     n = cfg.train.eval_samples
-    generate = make_generator(model, cfg.sample, subset.train.vector)
+    generate = make_generator(model, cfg.sample, subset.train.vector, mesh.make_mesh(cfg.mesh))
     rules = {
         name: audits.ratio_rule(np.asarray(reference.x), audit_rules(cfg), side, len(subset.train))
         for name, side, reference in (
@@ -70,8 +70,7 @@ def memorization_curve(experiment: Experiment) -> Evaluator:
 def audit(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> AuditResult:
     """Audit `folder/samples.npz` against the run's own training and held-out images."""
     subset = experiment.subset
-    with np.load(folder / "samples.npz") as stored:
-        generated, step = stored["x"], int(stored["step"])
+    generated, step = load(folder)
     ledger = Ledger.load(folder / "ledger.json")
     with ledger.time("audit"):
         result = audits.audit(
@@ -99,8 +98,7 @@ def probe(name: str, experiment: Experiment, folder: Path, monitor: loop.Monitor
       UserError: no such probe, or its settings do not fit.
     """
     subset, classes = experiment.subset, experiment.config.net.classes
-    with np.load(folder / "samples.npz") as stored:
-        generated = stored["x"]
+    generated, _ = load(folder)
     labels = None
     if classes:
         assert subset.train.label is not None and subset.heldout.label is not None

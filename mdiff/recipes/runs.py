@@ -60,16 +60,22 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
 
 
 def reopen(
-    folder: Path, sample_as: config.Sample | None = None, audit_as: config.Audit | None = None
+    folder: Path,
+    sample_as: config.Sample | None = None,
+    audit_as: config.Audit | None = None,
+    mesh_as: config.Mesh = config.Mesh(),
 ) -> Experiment:
-    """The experiment stored in a run's folder, optionally sampled and audited otherwise.
+    """The experiment stored in a run's folder, on these devices, optionally sampled and audited otherwise.
 
     Raises:
       UserError: no run there, or its images are no longer those it was trained on.
     """
     stored = workdir.read(folder)
     cfg = replace(
-        stored.config, sample=sample_as or stored.config.sample, audit=audit_as or stored.config.audit
+        stored.config,
+        sample=sample_as or stored.config.sample,
+        audit=audit_as or stored.config.audit,
+        mesh=mesh_as,
     )
     return prepare(cfg, folder / "subset.json")
 
@@ -89,7 +95,11 @@ def run_config(path: Path) -> config.Config:
 
 
 def load_params(
-    path: Path, monitor: loop.Monitor, like: Model | None = None, ema: float = 0.0
+    path: Path,
+    monitor: loop.Monitor,
+    like: Model | None = None,
+    ema: float = 0.0,
+    on: config.Mesh = config.Mesh(),
 ) -> tuple[Params, int]:
     """Averaged parameters of the run (or single checkpoint of a run) at `path`, and their step.
 
@@ -98,6 +108,7 @@ def load_params(
       monitor: told about damaged checkpoints that were passed over.
       like: refuse a network that is not this one's.
       ema: relative width of a power-function average (`mdiff.train.ema`); 0 is the run's usual average.
+      on: the devices the parameters are laid out over.
 
     Raises:
       UserError: no readable checkpoint there, or its network is not that of `like`, or it has no such average.
@@ -113,7 +124,7 @@ def load_params(
             )
     settings = stored.config.train
     optimizer = optim.make_optimizer(settings)
-    device_mesh = mesh.make_mesh(config.Mesh())
+    device_mesh = mesh.make_mesh(on)
     _, abstract = state.plan_state(model, optimizer, stored.config.seed, device_mesh, settings.ema_lengths)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: no checkpoints; train it first")

@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mdiff import config
+from mdiff import config, processes
 from mdiff.errors import UserError
 from mdiff.files import write_json
 
@@ -116,7 +116,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Write the sums; orbax calls this when all files are there and the directory is not yet renamed."""
-        if jax.process_index() == 0:
+        if processes.is_first():
             for unfinished in self.folder.glob(f"{self._saving}{_UNFINISHED}*"):
                 write_json(unfinished / _SUMS, _sums(unfinished))
 
@@ -135,16 +135,19 @@ class Checkpoints:
             return
         self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+        processes.from_first(lambda: self._check_room(needed))
+        self._saving = step
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        with self._writing():
+            self._manager.save(step, args=args)
+
+    def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
                 f"{self.folder}: {free / 1e6:.1f} MB free, but a checkpoint takes {needed / 1e6:.1f} MB; free some "
                 f"space, then run the same command again: checkpoints {self.steps()} are kept"
             )
-        self._saving = step
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        with self._writing():
-            self._manager.save(step, args=args)
 
     def wait(self) -> None:
         """Block until pending saves are complete.
@@ -162,13 +165,15 @@ class Checkpoints:
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
-        for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(unfinished)
+        if processes.is_first():
+            for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(unfinished)
+        processes.wait("checkpoints discarded")
 
     def damage(self, step: int) -> str:
         """What is wrong with the files of a checkpoint, as one line; "" when they are as they were written."""
         # Before orbax, which also prints tracebacks of its threads when a file is cut.
-        damage = _damage(self.folder / str(step))
+        damage = processes.from_first(lambda: _damage(self.folder / str(step)))
         return f"checkpoint {step} in {self.folder} cannot be read ({damage})" if damage else ""
 
     def whole(self, warn: Callable[[str], None]) -> list[int]:
@@ -185,12 +190,16 @@ class Checkpoints:
           UserError: it cannot be read.
         """
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=items)
-        except _FAILURES as error:
-            raise UserError(
-                f"checkpoint {step} in {self.folder} cannot be read ({_first_line(error)})"
-            ) from error
+
+        def restore() -> Any:
+            try:
+                return self._manager.restore(step, args=items)
+            except _FAILURES as error:
+                raise UserError(
+                    f"checkpoint {step} in {self.folder} cannot be read ({_first_line(error)})"
+                ) from error
+
+        restored = processes.together(restore)
         return restored["state"], restored["meta"]
 
     def restore(

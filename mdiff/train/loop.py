@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mdiff import config
-from mdiff.data import stream
+from mdiff import config, processes
 from mdiff.data.reader import make_reader
 from mdiff.data.split import Subset, save_subset
 from mdiff.errors import UserError
 from mdiff.nets.denoiser import Model
-from mdiff.train import checkpoint, mesh, optim, snapshots, state, workdir
+from mdiff.train import checkpoint, mesh, snapshots, state, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
 from mdiff.train.preemption import stop_on_signal
+from mdiff.train.program import train_program
 from mdiff.trees import size
-from mdiff.types import Array, Batch, Evaluator, Key, Objective, Params
+from mdiff.types import Array, Evaluator, Objective, Params
 
 
 class Diverged(UserError):
@@ -37,6 +38,8 @@ class Diverged(UserError):
     Attributes:
       step: the step that was not finite, counted from 1.
     """
+
+    shared = True  # the loss is one number
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -64,15 +67,6 @@ class Outcome:
 
     state: state.TrainState
     stopped: str
-
-
-def make_batch_fn(cfg: config.Config) -> state.BatchFn:
-    """How a batch is made on the device: gather, fixed noisy copies, then augmentations."""
-
-    def batch_fn(resident: state.Arrays, rows: state.Arrays, key: Key) -> Batch:
-        return stream.finish(stream.gather(resident, rows), key, cfg)
-
-    return batch_fn
 
 
 def train(
@@ -103,25 +97,29 @@ def train(
     Raises:
       UserError: the folder belongs to another run or cannot be written; the loss is not finite.
     """
-    device_mesh = mesh.make_mesh(cfg.mesh)
-    mesh.check_batch(cfg.train.batch, device_mesh)
-    optimizer = optim.make_optimizer(cfg.train)
-    fresh, abstract = state.plan_state(model, optimizer, cfg.seed, device_mesh, cfg.train.ema_lengths)
-    every = cfg.train.ema_every
+    device_mesh = processes.together(lambda: mesh.make_mesh(cfg.mesh))
+    program = processes.together(lambda: train_program(cfg, model, objective, device_mesh))
+    abstract, every = program.abstract, cfg.train.ema_every
     snapshot_bytes = _bytes(abstract.profiles) * (cfg.train.steps // every) if every else 0
-    resuming = workdir.check(folder, cfg, _bytes(abstract), snapshot_bytes)
+    resuming, averaged = processes.from_first(
+        lambda: [
+            workdir.check(folder, cfg, _bytes(abstract), snapshot_bytes),
+            bool(every) or snapshots.stored(folder),
+        ]
+    )
+    places = mesh.batch_places(device_mesh, cfg.train.batch)
 
-    ledger = Ledger.load(folder / "ledger.json") if resuming else Ledger()
+    ledger = processes.together(lambda: Ledger.load(folder / "ledger.json") if resuming else Ledger())
     with (
         stop_on_signal(monitor.say) as stop,
         ledger.time("start"),
-        closing(make_reader(cfg, subset, jax.process_index(), jax.process_count())) as reader,
+        closing(make_reader(cfg, subset, places)) as reader,
         checkpoint.open_run(folder, cfg.train) as checkpoints,
-        snapshots.Snapshots(folder) if every or snapshots.stored(folder) else nullcontext() as averages,
+        snapshots.Snapshots(folder) if averaged else nullcontext() as averages,
     ):
         stores = [checkpoints] if averages is None else [checkpoints, averages]
         restored = checkpoints.restore(abstract, monitor.say)
-        current = fresh() if restored is None else restored[0]
+        current = program.fresh() if restored is None else restored[0]
         if restored is None and init_from is not None:
             current = _with_params(current, init_from)
         workdir.write(folder, cfg, model.shape, size(current.params))
@@ -132,29 +130,26 @@ def train(
         if begin:
             monitor.say(f"resuming at step {begin}")
 
-        resident = jax.device_put(reader.resident, mesh.replicated(device_mesh))
-        split = mesh.batch_sharding(device_mesh)
+        resident = mesh.place(reader.resident, mesh.replicated(device_mesh))
 
         def next_rows(step: int) -> state.Arrays:
             """The global batch of `step`, of which each process reads its own rows."""
-            local = reader.batch(step)
-            return {name: jax.make_array_from_process_local_data(split, part) for name, part in local.items()}
+            return mesh.place_batch(reader.batch(step), places, cfg.train.batch, device_mesh)
 
-        step_fn = state.make_step(objective, optimizer, make_batch_fn(cfg), cfg.train, cfg.seed)
-        out = (jax.tree.map(lambda leaf: leaf.sharding, abstract), None)
         if begin < cfg.train.steps:
             with ledger.time("compile"):
-                jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=out)
-                update = jitted.lower(current, resident, next_rows(begin)).compile()
+                update = program.step.lower(current, resident, next_rows(begin)).compile()
             monitor.say(f"train step compiled; {ledger.seconds['compile']:.0f} s in all")
 
         with Metrics(folder, begin) as metrics:
             log = _Log(cfg, metrics, ledger, monitor)
+            evaluated = set(processes.from_first(lambda: sorted(metrics.evaluated)))
 
             def measure(step: int) -> None:
-                if evaluator is not None and step not in metrics.evaluated:
+                if evaluator is not None and step not in evaluated:
                     with ledger.time("evaluate"):
                         metrics.write(step, evaluator(current.ema, step))
+                    evaluated.add(step)
 
             def save(step: int) -> None:
                 log.flush(step)
@@ -184,7 +179,7 @@ def train(
                         log.add(values)
                         if (step + 1) % cfg.train.log_every == 0:
                             log.flush(step + 1)
-                    if stop:
+                    if stop.due(step + 1):
                         break
                 done = int(current.step)
                 log.flush(done)
@@ -247,8 +242,9 @@ class _Log:
 def _with_params(fresh: state.TrainState, params: Params) -> state.TrainState:
     """A fresh state that starts from `params`, kept in the fresh state's shardings."""
 
-    def place(old: Array, new: Any) -> Array:
-        return jax.device_put(np.asarray(new), old.sharding)
+    def place(old: Array, new: Array) -> Array:
+        # A copy each, since params and averages are donated separately.
+        return jax.jit(jnp.copy, out_shardings=old.sharding)(new)
 
     return replace(
         fresh,

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mdiff import config
 from mdiff.errors import UserError
 from mdiff.trees import map_named
+from mdiff.types import Array
 
 Rule: TypeAlias = Literal["replicate", "fsdp"]
 Rules: TypeAlias = Sequence[tuple[str, Rule]]
@@ -52,12 +53,15 @@ def batch_devices(mesh: DeviceMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch: int, mesh: DeviceMesh, field: str = "train.batch") -> None:
-    """Raises UserError when `batch` does not divide over the mesh."""
-    ways = batch_devices(mesh)
+def check_batch(batch: int, mesh: DeviceMesh, accumulate: int = 1) -> None:
+    """Raises UserError when `batch`, in `accumulate` parts, does not divide over the mesh."""
+    ways = batch_devices(mesh) * accumulate
     if batch % ways:
         near = max(ways, round(batch / ways) * ways)
-        raise UserError(f"{field} = {batch}: does not divide over {ways} devices; set it to {near}")
+        parts = f" in train.accumulate = {accumulate} parts" if accumulate > 1 else ""
+        raise UserError(
+            f"train.batch = {batch}: does not divide over {batch_devices(mesh)} devices{parts}; set it to {near}"
+        )
 
 
 def _spec(rule: Rule, shape: tuple[int, ...], dtype: Any, mesh: DeviceMesh, min_bytes: int) -> P:
@@ -92,6 +96,41 @@ def shardings(
 def replicated(mesh: DeviceMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays that every process holds whole, as global arrays; each process copies only its own parts."""
+
+    def one(x: Any) -> Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def batch_places(mesh: DeviceMesh, batch: int) -> np.ndarray:
+    """Which places of a batch this process's devices hold, int64 [b], rising.
+
+    Not simply its share in order: devices may be laid out otherwise, and axes that hold no batch repeat it.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    held = [np.arange(batch)[index] for index in parts]
+    return np.unique(np.concatenate(held))
+
+
+def place_batch(local: dict[str, np.ndarray], places: np.ndarray, batch: int, mesh: DeviceMesh) -> Any:
+    """The global batch [batch,…] of which this process holds the rows `local` at `places`."""
+    split = batch_sharding(mesh)
+
+    def one(x: np.ndarray) -> Array:
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch)
+            first = int(np.searchsorted(places, start))
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch, *x.shape[1:]), split, rows)
+
+    return {name: one(x) for name, x in local.items()}
 
 
 def batch_sharding(mesh: DeviceMesh) -> NamedSharding:

@@ -16,6 +16,7 @@ from mdiff import config
 from mdiff.errors import UserError
 from mdiff.keys import key
 from mdiff.nets.denoiser import Model
+from mdiff.objectives.denoise import DrawnObjective
 from mdiff.train import ema, optim
 from mdiff.train import mesh as meshes
 from mdiff.types import Array, Batch, Key, Objective, Params
@@ -104,22 +105,33 @@ def make_step(
     optimizer: optax.GradientTransformation,
     batch_fn: BatchFn,
     cfg: config.Train,
-    seed: int,
+    seed: int | Array,
+    *,
+    unroll: bool = False,
 ) -> Callable[[TrainState, Arrays, Arrays], tuple[TrainState, Arrays]]:
     """One update: `(state, resident, rows) -> (state, metrics)`. All randomness is key(seed, step).
 
     Metrics are scalars: loss, grad_norm, lr (of this update), and the mean of the objective's loss_edm, if any.
+
+    Args:
+      objective: per-example loss.
+      optimizer: from `optim.make_optimizer`.
+      batch_fn: makes the batch on the device.
+      cfg: uses batch, accumulate and the averages' fields.
+      seed: the run's seed; may be traced.
+      unroll: write the parts of an accumulated batch one after another instead of looping over them (a
+        convolution's gradient in a loop is slow on CPU).
     """
     schedule = optim.make_schedule(cfg)
 
     def step(state: TrainState, resident: Arrays, rows: Arrays) -> tuple[TrainState, Arrays]:
         batch = batch_fn(resident, rows, key(seed, "batch", state.step))
-
-        def mean_loss(params: Params) -> tuple[Array, Arrays]:
-            losses, aux = objective(params, key(seed, "train", state.step), batch)
-            return losses.mean(), {name: aux[name].mean() for name in ("loss_edm",) if name in aux}
-
-        (loss, more), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        grad = jax.value_and_grad(_mean_loss(objective), has_aux=True)
+        now = key(seed, "train", state.step)
+        if cfg.accumulate == 1:
+            (loss, more), grads = grad(state.params, now, batch)
+        else:
+            (loss, more), grads = _accumulated(grad, objective, state.params, now, batch, cfg.accumulate, unroll)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         done = state.step + 1
@@ -133,8 +145,65 @@ def make_step(
     return step
 
 
+def _mean_loss(objective: Objective) -> Callable[..., tuple[Array, Arrays]]:
+    """`(params, key, batch, draws=None) -> (mean loss, means worth logging)`."""
+
+    def mean_loss(params: Params, key: Key, batch: Batch, draws: Any = None) -> tuple[Array, Arrays]:
+        if draws is None:
+            losses, aux = objective(params, key, batch)
+        else:
+            assert isinstance(objective, DrawnObjective)
+            losses, aux = objective.loss(params, draws, batch)
+        return losses.mean(), {name: aux[name].mean() for name in ("loss_edm",) if name in aux}
+
+    return mean_loss
+
+
+def _accumulated(
+    grad: Callable[..., Any],
+    objective: Objective,
+    params: Params,
+    key: Key,
+    batch: Batch,
+    parts: int,
+    unroll: bool,
+) -> Any:
+    """What `grad` gives for the whole batch, from `parts` equal parts one after another.
+
+    Noise and levels are drawn for the batch as a whole, so they do not depend on `parts`; dropout inside the
+    network does. An objective that cannot be drawn for apart gets a key per part.
+    """
+
+    def split(x: Array) -> Array:  # every part takes equally many rows of each device: nothing moves
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    every = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(parts))
+    draws = None
+    if isinstance(objective, DrawnObjective):
+        whole = objective.draw(key, batch["x"])
+        every = jax.vmap(lambda part: jax.random.fold_in(whole.key, part))(jnp.arange(parts))
+        draws = jax.tree.map(split, whole._replace(key=None))
+
+    def one(part: Any) -> Any:
+        at, rows, drawn = part
+        found = grad(params, at, rows, None if drawn is None else drawn._replace(key=at))
+        return jax.tree.map(lambda leaf: leaf / parts, found)
+
+    def body(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(part)), None
+
+    xs = (every, jax.tree.map(split, dict(batch)), draws)
+    shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda leaf: leaf[0], xs)))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(body, zero, xs, unroll=parts if unroll else 1)[0]
+
+
 def check(cfg: config.Train) -> None:
     """Raises UserError when a training field is out of range."""
+    if cfg.accumulate < 1 or cfg.batch % cfg.accumulate:
+        raise UserError(
+            f"train.accumulate = {cfg.accumulate}: must be 1 or more and divide train.batch = {cfg.batch}"
+        )
     for name in ("steps", "batch", "log_every", "save_every", "keep", "eval_samples"):
         if getattr(cfg, name) < 1:
             raise UserError(f"train.{name} = {getattr(cfg, name)}: must be 1 or more")
