@@ -192,6 +192,8 @@ class Mesh:
     """Devices the state is sharded over; they carry batch too."""
     trial: int = 1
     """Devices that hold independent trials of a sweep."""
+    shard_above: int = 4 << 20
+    """fsdp: leaves of fewer bytes are held whole; they cost more to gather than to hold."""
 
 
 @dataclass(frozen=True, kw_only=True)

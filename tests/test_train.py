@@ -34,7 +34,7 @@ from mdiff.nets.denoiser import Model
 from mdiff.objectives import ambient
 from mdiff.process.laws import make_process
 from mdiff.recipes import runs
-from mdiff.train import checkpoint, loop, mesh, metrics, optim, state, workdir
+from mdiff.train import checkpoint, loop, mesh, metrics, optim, program, state, workdir
 from mdiff.train.ledger import Ledger
 
 
@@ -504,7 +504,7 @@ def test_step_is_traced_once_and_donates(tmp_path):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), old) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
-    step = state.make_step(objective, optimizer, loop.make_batch_fn(CFG), CFG.train, 0)
+    step = state.make_step(objective, optimizer, program.make_batch_fn(CFG), CFG.train, 0)
     pool = jax.device_put(make_reader(CFG, SUBSET).resident)
     rows = {"index": jnp.asarray(indices(0, 0, 8, SUBSET.slots))}
     jax.jit(step, donate_argnums=0)(old, pool, rows)
@@ -547,7 +547,7 @@ def test_average_in_a_step_is_the_weighted_mean(whole):
     seen = np.asarray(before.ema["net"]["b"]["kernel"], np.float64)
     cfg = training(steps=1)
     step = state.make_step(
-        ambient.make(MODEL, CFG), optim.make_optimizer(cfg.train), loop.make_batch_fn(CFG), cfg.train, 0
+        ambient.make(MODEL, CFG), optim.make_optimizer(cfg.train), program.make_batch_fn(CFG), cfg.train, 0
     )
     rows = {"index": jnp.asarray(indices(0, 28, 8, SUBSET.slots))}
     after, _ = jax.jit(step)(before, make_reader(CFG, SUBSET).resident, rows)

@@ -46,6 +46,7 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     sampler.check(cfg.sample)
     guidance.check(cfg.sample, cfg.net)
     spaces.check(cfg.audit)
+    mesh.make_mesh(cfg.mesh)
     images = source.load(cfg.data.source, cfg.data.size, split=cfg.data.split, reading=cfg.data.reading)
     augment.check(cfg.data)
     model = make_model(cfg, images.x.shape[-1])
@@ -125,7 +126,9 @@ def load_params(
     settings = stored.config.train
     optimizer = optim.make_optimizer(settings)
     device_mesh = mesh.make_mesh(on)
-    _, abstract = state.plan_state(model, optimizer, stored.config.seed, device_mesh, settings.ema_lengths)
+    _, abstract = state.plan_state(
+        model, optimizer, stored.config.seed, device_mesh, settings.ema_lengths, on.shard_above
+    )
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: no checkpoints; train it first")
     with checkpoint.open_run(folder, settings) as checkpoints:

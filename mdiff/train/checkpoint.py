@@ -59,8 +59,9 @@ def _damage(checkpoint: Path) -> str:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for orbax's warning that a save waited for the last one: the ledger counts those seconds."""
-    return not record.getMessage().startswith("Waiting for previous save")
+    """False for orbax's warnings that a save waited (the ledger counts it), and of preemption (the loop says so)."""
+    text = record.getMessage()
+    return not (text.startswith("Waiting for previous save") or "preemption sync point" in text)
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,6 @@ Rules: TypeAlias = Sequence[tuple[str, Rule]]
 AXES = ("data", "fsdp", "trial")
 BATCH = P(("data", "fsdp"))
 DEFAULT_RULES: Rules = ((r"^(params|ema|profiles|opt_state)/", "fsdp"), (r".*", "replicate"))
-MIN_SHARDED_BYTES = 4 << 20  # smaller leaves cost more to gather than to hold
 
 
 def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
@@ -79,7 +78,10 @@ def _spec(rule: Rule, shape: tuple[int, ...], dtype: Any, mesh: DeviceMesh, min_
 
 
 def shardings(
-    shapes: Any, mesh: DeviceMesh, rules: Rules = DEFAULT_RULES, min_bytes: int = MIN_SHARDED_BYTES
+    shapes: Any,
+    mesh: DeviceMesh,
+    rules: Rules = DEFAULT_RULES,
+    min_bytes: int = config.Mesh.shard_above,
 ) -> Any:
     """A tree of `NamedSharding` for a tree of shapes; the first rule whose pattern is found in a leaf's
     name decides, and a leaf without a rule is an error."""

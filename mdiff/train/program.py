@@ -49,7 +49,9 @@ def train_program(
     """
     meshes.check_batch(cfg.train.batch, mesh, cfg.train.accumulate)
     optimizer = optim.make_optimizer(cfg.train)
-    fresh, abstract = state.plan_state(model, optimizer, cfg.seed, mesh, cfg.train.ema_lengths)
+    fresh, abstract = state.plan_state(
+        model, optimizer, cfg.seed, mesh, cfg.train.ema_lengths, cfg.mesh.shard_above
+    )
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     step = state.make_step(
         objective,

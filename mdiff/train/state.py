@@ -61,6 +61,7 @@ def plan_state(
     seed: int,
     mesh: DeviceMesh,
     lengths: Sequence[float] = (),
+    shard_above: int = config.Mesh.shard_above,
 ) -> tuple[Callable[[], TrainState], Any]:
     """How to make a fresh state, and what it looks like, before any memory is taken.
 
@@ -70,6 +71,7 @@ def plan_state(
       seed: the run's seed.
       mesh: the devices.
       lengths: power-function averages to keep (train.ema_lengths).
+      shard_above: leaves of fewer bytes are not sharded (mesh.shard_above).
 
     Returns:
       A function that creates the state sharded over `mesh`, and the state's shapes, dtypes and
@@ -86,7 +88,7 @@ def plan_state(
         return TrainState(jnp.int32(0), params, copy(), optimizer.init(params), profiles)
 
     shapes = jax.eval_shape(init)
-    out = meshes.shardings(shapes, mesh)
+    out = meshes.shardings(shapes, mesh, min_bytes=shard_above)
     abstract = jax.tree.map(lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh), shapes, out)
     # Run once: on CPU, optimizing hundreds of small kernels costs four times what it takes to compile them.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
