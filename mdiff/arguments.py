@@ -11,14 +11,32 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import tyro
+from tyro import constructors
 
+from mdiff import files
 from mdiff.errors import UserError
 
 T = TypeVar("T")
+
+_REGISTRY = constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _path(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstructorSpec[PurePath] | None:
+    """Paths, of which those on object stores are no `pathlib.Path`: it would make gs:// one slash."""
+    if info.type is not Path:
+        return None
+    return constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda texts: files.locate(texts[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -70,6 +88,7 @@ def parse(
                 prog=prog,
                 description=cls.__doc__,
                 default=cls(**values),
+                registry=_REGISTRY,
                 config=() if flags else (tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:

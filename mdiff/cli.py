@@ -31,7 +31,7 @@ def train(arguments: Sequence[str]) -> int:
             monitor.say(
                 f"{outcome.stopped}: saved step {int(outcome.state.step)} of {args.fields.train.steps}"
             )
-            monitor.say(f"resume with: {shlex.join(['mdiff', 'train', *arguments])}")
+            monitor.say(job.resume_line("train", arguments))
         else:
             monitor.say(
                 f"trained to step {int(outcome.state.step)}; next: mdiff eval --workdir {args.workdir}"
@@ -311,6 +311,34 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def sweep(arguments: Sequence[str]) -> int:
+    path = option(arguments, "config")
+    default = config.Config() if path is None else config.load(path)
+    args = parse(commands.SweepArgs, arguments, "mdiff sweep", {"fields": default})
+    from mdiff.recipes import cells
+    from mdiff.recipes import sweep as recipe
+
+    axes = cells.parse_over(args.over)
+    with job.join("sweep", args.processes, _settings(args), notices=True) as this:
+        planned = this.prepare(
+            args.workdir, lambda: recipe.plan(args.fields, axes, args.workdir, args.side_by_side)
+        )
+        return recipe.run(
+            planned,
+            this.monitor,
+            mode=args.side_by_side,
+            evaluate=args.eval,
+            again_failed=args.again_failed,
+            resume=job.resume_line("sweep", arguments),
+        )
+
+
+def plan(arguments: Sequence[str]) -> int:
+    from mdiff.plan import command
+
+    return command.run(arguments)
+
+
 class Command(NamedTuple):
     """What a command does, in code, in words, and as an example."""
 
@@ -323,6 +351,14 @@ COMMANDS = {
     "train": Command(
         train, "train a model from a config, or resume it",
         "--config configs/faces.py --workdir runs/mine --train.steps 3000",
+    ),
+    "sweep": Command(
+        sweep, "train and measure a run for every combination of some fields' values",
+        "--config configs/faces.py --over loss.cutoff=0,0.5,1 seed=0,1 --workdir runs/sweep",
+    ),
+    "plan": Command(
+        plan, "what a config needs and costs on chips that are not here",
+        "--config configs/cifar10_ddpmpp.py --topology v5e:2x4",
     ),
     "watch": Command(watch, "follow runs on the terminal while they train", "runs/mine runs/other"),
     "eval": Command(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from mdiff import config
-from mdiff.config import Config
+from mdiff.config import Config, Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,34 @@ class TrainArgs:
     """Folder of the run; an interrupted run in it is resumed."""
     init_from: Path | None = None
     """Fine-tune: start from the averaged weights of this run, or of one of its checkpoints/STEP."""
-    processes: config.Processes = config.Processes()
+    processes: Processes = Processes()
+    fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArgs:
+    """Train a cell for every combination of values of some fields, then measure each; resumable."""
+
+    config: Path
+    """Experiment file that all cells share, such as configs/faces.py."""
+    workdir: Path
+    """Folder of the sweep; each cell is an ordinary run in cells/NAME. An interrupted sweep in it is resumed."""
+    over: tuple[str, ...]
+    """Fields and their values: loss.cutoff=0,0.5,1 seed=0,1,2. A value of several numbers is written 1:2:2."""
+    side_by_side: Literal["auto", "yes", "no"] = "auto"
+    """One cell per device, one after another on all devices, or (auto) side by side where cells are small enough."""
+    eval: bool = True
+    """Sample and audit each trained cell."""
+    again_failed: bool = False
+    """Try cells again that failed in an earlier call."""
+    processes: Processes = Processes()
+    fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepValue:
+    """One value of a varied field, read as any command line."""
+
     fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
 
@@ -37,7 +64,7 @@ class EvalArgs:
     sample: config.Sample = config.Sample()
     audit: config.Audit = config.Audit()
     mesh: config.Mesh = config.Mesh()
-    processes: config.Processes = config.Processes()
+    processes: Processes = Processes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +77,7 @@ class SampleArgs:
     """Also write every generation as a PNG file into generations/."""
     sample: config.Sample = config.Sample()
     mesh: config.Mesh = config.Mesh()
-    processes: config.Processes = config.Processes()
+    processes: Processes = Processes()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Counted are matrix products and convolutions, two operations per multiply-add; they are all but a few per cent of
 a network's work. A scan counts its body times its length, where the compiler's own `cost_analysis` counts it
-once. Convolutions are counted as if every tap met a pixel: at the border the compiler counts fewer.
+once. Convolutions are counted as if every tap met a pixel, unless told otherwise: at the border the compiler
+counts fewer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +52,14 @@ class Denoising(Protocol):
     ) -> tuple[Prediction, Any]: ...
 
 
-def count(fn: Callable[..., Any], *args: Any) -> Flops:
+def count(fn: Callable[..., Any], *args: Any, padding: bool = True) -> Flops:
     """Operations of `fn(*args)`; arguments may be arrays or `jax.ShapeDtypeStruct`s.
 
-    A `cond` counts its costliest branch, `shard_map` the work of one shard, recomputation (`jax.checkpoint`)
+    Without `padding` a convolution's products with padding are not counted, as the compiler has it. A `cond` counts its costliest branch, `shard_map` the work of one shard, recomputation (`jax.checkpoint`)
     the work it repeats.
     """
     found: Counter[str] = Counter()
-    unbounded = _walk(jax.make_jaxpr(fn)(*args).jaxpr, 1, found)
+    unbounded = _walk(jax.make_jaxpr(fn)(*args).jaxpr, 1, found, _COSTS if padding else _COSTS_INSIDE)
     return Flops(sum(found.values()), dict(found), unbounded)
 
 
@@ -93,25 +94,25 @@ def _denoise(model: Denoising, params: Params, xt: Array, t: Array) -> Array:
     return model.apply(params, xt, t, model.condition(params, {}, n=len(xt)))[0].x0
 
 
-def _walk(jaxpr: core.Jaxpr, times: int, found: Counter[str]) -> int:
+def _walk(jaxpr: core.Jaxpr, times: int, found: Counter[str], costs: Costs) -> int:
     """Add the operations of `jaxpr`, run `times` times, to `found`; returns the number of unbounded loops."""
     unbounded = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if name in _COSTS:
-            found[name] += times * _COSTS[name](equation)
+        if name in costs:
+            found[name] += times * costs[name](equation)
         elif name == "cond":
             branches = []
             for branch in equation.params["branches"]:
                 inside: Counter[str] = Counter()
-                unbounded += _walk(branch.jaxpr, times, inside)
+                unbounded += _walk(branch.jaxpr, times, inside, costs)
                 branches.append(inside)
             found.update(max(branches, key=lambda inside: sum(inside.values())))
         else:
             rounds = equation.params["length"] if name == "scan" else 1
             unbounded += name == "while"
             for inner in _inner(equation.params):
-                unbounded += _walk(inner, times * rounds, found)
+                unbounded += _walk(inner, times * rounds, found, costs)
     return unbounded
 
 
@@ -139,4 +140,46 @@ def _convolution(equation: Any) -> int:
     return 2 * prod(out) * taps // prod(equation.params["lhs_dilation"])
 
 
-_COSTS: dict[str, Callable[[Any], int]] = {"dot_general": _dot, "conv_general_dilated": _convolution}
+def _convolution_inside(equation: Any) -> int:
+    image, kernel = (v.aval.shape for v in equation.invars[:2])
+    out, given = equation.outvars[0].aval.shape, equation.params
+    numbers = given["dimension_numbers"]  # (batch, features, spatial...) of each
+    products = kernel[numbers.rhs_spec[1]] * out[numbers.out_spec[0]] * out[numbers.out_spec[1]]
+    for axis, (low, _) in enumerate(given["padding"]):
+        n, size, results = (
+            shape[spec[axis + 2]]
+            for shape, spec in zip((image, kernel, out), (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec), strict=True)
+        )
+        steps = (given[name][axis] for name in ("window_strides", "lhs_dilation", "rhs_dilation"))
+        stride, spread, dilation = steps
+        products *= pairs(n, results, size, stride, low, spread, dilation)
+    return 2 * products
+
+
+def pairs(n: int, out: int, size: int, stride: int, low: int, spread: int, dilation: int) -> int:
+    """How many (output, tap) pairs of one axis of a convolution meet an input, not padding or a dilation's zero.
+
+    Args:
+      n: inputs.
+      out: outputs.
+      size: taps.
+      stride: step from output to output.
+      low: padding before the first input.
+      spread: distance of neighbouring inputs once dilated.
+      dilation: distance of neighbouring taps.
+    """
+    last, total = (n - 1) * spread, 0
+    for tap in range(size):
+        # Outputs o with 0 <= o * stride + shift <= last, and that sum a multiple of spread.
+        shift = tap * dilation - low
+        first, final = max(0, -(shift // stride)), min(out - 1, (last - shift) // stride)
+        if spread == 1:
+            total += max(0, final - first + 1)
+        else:
+            total += sum((o * stride + shift) % spread == 0 for o in range(first, final + 1))
+    return total
+
+
+Costs: TypeAlias = Mapping[str, Callable[[Any], int]]
+_COSTS: Costs = {"dot_general": _dot, "conv_general_dilated": _convolution}
+_COSTS_INSIDE: Costs = {"dot_general": _dot, "conv_general_dilated": _convolution_inside}

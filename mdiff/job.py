@@ -6,14 +6,16 @@ Nothing here imports JAX until a job begins, so that `mdiff --help` is quick.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mdiff import config
+from mdiff.arguments import option
 from mdiff.console import Monitor
 from mdiff.errors import UserError
 
@@ -75,6 +77,12 @@ def join(
     processes.check_same("config", {"command": name, **settings})
     with Monitor(quiet=not processes.is_first()) as monitor, ExitStack() as held:
         yield Job(monitor, held, processes.is_first())
+
+
+def resume_line(name: str, arguments: Sequence[str]) -> str:
+    """How to go on with the command that was stopped."""
+    each = ", each process with its own --processes.index" if option(arguments, "processes.index") else ""
+    return f"resume with{each}: {shlex.join(['mdiff', name, *arguments])}"
 
 
 def fail(error: UserError) -> int:

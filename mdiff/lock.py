@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import operator
 import os
 import secrets
 import shlex
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from mdiff.errors import UserError
@@ -118,9 +120,8 @@ class Held:
     def release(self) -> None:
         """Stop beating and remove the lock, if it is still ours."""
         self._ended.set()
-        with self._turn:
-            with contextlib.suppress(OSError):  # what stays behind is taken over by the next job
-                _swap(self._path, self._ours, None)
+        with self._turn, contextlib.suppress(OSError):  # what stays behind is taken over by the next job
+            _swap(self._path, self._ours, None)
         self._thread.join()
 
 
@@ -150,7 +151,8 @@ def hold(
     """
     check_writable(folder, field)
     made = [place for place in (folder, *folder.parents) if not place.exists()] if is_local(folder) else []
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_local(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     held = None
     try:
         held = _take(folder / NAME, say, field, beat, settle)
@@ -169,13 +171,15 @@ def _take(path: Path, say: Callable[[str], None], field: str, beat: float, settl
         found = _read(path)
         if found is not None and (owner := _live_owner(path, found, mine, say, beat)):
             raise _refusal(path, field, owner)
-        if not _swap(path, lambda now, found=found: now == found, _text(mine, 0)):
+        if not _swap(path, partial(operator.eq, found), _text(mine, 0)):
             continue  # it changed meanwhile: look again
         if not _exclusive(path):
             time.sleep(settle)
             now = _read(path)
             if now != _text(mine, 0):
-                raise _refusal(path, field, str((now and _parse(now)) or "a job that started at the same time"))
+                raise _refusal(
+                    path, field, str((now and _parse(now)) or "a job that started at the same time")
+                )
         if found is not None:
             say(f"took over the lock of {_parse(found) or 'a damaged lock file'}, which has ended")
         return Held(path, mine, field, beat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,11 +20,11 @@ from mdiff import config, processes
 from mdiff.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = (
+TINY = shlex.split(
     "--net.channels 16 --net.mults 1 --net.blocks 1 --net.patch 4 --train.batch 8 --train.steps 4000 "
     "--train.save-every 5 --train.log-every 1 --train.warmup 3 --train.eval-every 0 --train.eval-samples 8 "
     "--sample.steps 2 --sample.n 24 --sample.batch 6 --data.n 10 --data.heldout 10"
-).split()
+)
 SHARDED = ("--mesh.fsdp", "2", "--mesh.shard-above", "0")
 
 
@@ -165,9 +166,7 @@ def test_jobs_measure_as_one_process_does(env, preempted, tmp_path):
     for count, devices in ((1, 1), (2, 2)):
         folder = tmp_path / f"{count}x{devices}"
         shutil.copytree(preempted, folder)
-        said = run_job(
-            env, tmp_path, count, devices, ["eval", "--workdir", str(folder), "--probes", *names]
-        )
+        said = run_job(env, tmp_path, count, devices, ["eval", "--workdir", str(folder), "--probes", *names])
         assert "page: " in said[0] and not any(said[1:])
         folders.append(folder)
     one, two = folders

@@ -271,7 +271,9 @@ def cluster_near_duplicates(
     for other in [rows] if mirrored is None else [rows, np.asarray(mirrored, np.float32)]:
         blocks, starts = _blocks(other, centre, chunk), range(0, count, chunk)
 
-        def part(place: int, other: Any = other, blocks: Any = blocks, starts: Any = starts) -> list[np.ndarray]:
+        def part(
+            place: int, other: Any = other, blocks: Any = blocks, starts: Any = starts
+        ) -> list[np.ndarray]:
             """Pairs of near duplicates of which one is in this chunk: enough of them to connect all."""
             nonlocal labels
             start, pairs = starts[place], [np.zeros((2, 0), np.int64)]

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mdiff.errors import UserError
-from mdiff.files import strict, write_atomically, write_text
+from mdiff.files import is_writer, locate, strict, write_atomically, write_text
 from mdiff.probes import stamped
 from mdiff.types import Estimate
 
@@ -122,7 +122,7 @@ def save(result: ProbeResult, folder: str | Path) -> Path:
     Raises:
       UserError: the folder cannot be written.
     """
-    path = Path(folder) / f"probe_{result.probe}.json"
+    path = locate(folder) / f"probe_{result.probe}.json"
     stamp = None
     try:
         if result.arrays:
@@ -144,7 +144,7 @@ def save(result: ProbeResult, folder: str | Path) -> Path:
             "arrays": stamp,
         }
         write_text(path, json.dumps(strict(tree), indent=1, allow_nan=False) + "\n")
-        if stamp is None:
+        if stamp is None and is_writer():
             path.with_suffix(".npz").unlink(missing_ok=True)  # an earlier result's
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose a folder that can be written") from None
@@ -157,7 +157,7 @@ def load(folder: str | Path, probe: str) -> ProbeResult:
     Raises:
       UserError: no such result there, or its files are damaged or not of one result.
     """
-    path = Path(folder) / f"probe_{probe}.json"
+    path = locate(folder) / f"probe_{probe}.json"
     again = "; run the probe again"
     if not path.is_file():
         raise UserError(f"{path}: no such file; run mdiff eval or mdiff audit with --probes {probe}")
@@ -188,7 +188,7 @@ def load(folder: str | Path, probe: str) -> ProbeResult:
 
 def load_all(folder: str | Path) -> dict[str, ProbeResult]:
     """Every probe's result in a folder, by name; none gives an empty dict."""
-    names = sorted(path.stem.removeprefix("probe_") for path in Path(folder).glob("probe_*.json"))
+    names = sorted(path.stem.removeprefix("probe_") for path in locate(folder).glob("probe_*.json"))
     return {name: load(folder, name) for name in names}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import mdiff
 from mdiff.config import Audit, from_json, to_json
 from mdiff.errors import UserError
-from mdiff.files import strict, write_atomically, write_text
+from mdiff.files import locate, strict, write_atomically, write_text
 from mdiff.probes import stamped
 from mdiff.types import Estimate
 
@@ -92,7 +92,7 @@ def save(result: AuditResult, folder: str | Path) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     arrays: dict[str, Any] = {**result.rows, "hits": result.hits, **result.pictures}
     arrays |= {_IDS[name]: values for name, values in result.ids.items()}
     arrays |= {f"draws_{name}": values for name, values in result.draws.items()}
@@ -112,7 +112,6 @@ def save(result: AuditResult, folder: str | Path) -> None:
     }
     text = json.dumps(strict(tree), indent=1, allow_nan=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "audit.npz", lambda part: part.write_bytes(data))
         write_text(folder / "audit.json", text)
     except OSError as error:
@@ -125,7 +124,7 @@ def load(folder: str | Path) -> AuditResult:
     Raises:
       UserError: no audit there, or its files are damaged or not of one audit.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     for name in ("audit.json", "audit.npz"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; run the audit first")

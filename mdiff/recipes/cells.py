@@ -142,20 +142,23 @@ class Record:
     """`sweep.json`: what the sweep is, and how each of its cells fares; written whole at every change.
 
     Attributes:
-      cells: of each cell its fields, state, step, steps, loss, reason, and when measured memorized and control.
+      asked: the cells of this call, in order.
+      cells: of each cell, also of earlier calls, its fields, state, step, steps, loss, reason, and when measured
+        memorized and control.
     """
 
-    def __init__(self, path: Path, base: config.Config, cells: Sequence[Cell]) -> None:
-        """Open the sweep at `path`, or begin it; `cells` join those that are there.
+    def __init__(self, path: Path, base: config.Config, axes: Axes) -> None:
+        """Open the sweep at `path`, or begin it; the cells of `axes` join those that are there.
 
         Raises:
           UserError: the file is damaged, or that of another sweep.
         """
         self._path, self._base = path, config.to_json(base)
-        varied = sorted(cells[0].fields)
-        stored = processes.from_first(lambda: self._load(varied))
-        self.cells: dict[str, dict[str, Any]] = stored
-        for cell in cells:
+        stored = processes.from_first(lambda: self._load(list(axes)))
+        self._varied: list[str] = stored["varied"]  # in the order of the first call, which made the names
+        self.asked = product(base, {field: axes[field] for field in self._varied})
+        self.cells: dict[str, dict[str, Any]] = stored["cells"]
+        for cell in self.asked:
             tree = config.to_json(cell.config)
             fields = {field: _dig(tree, field) for field in cell.fields}
             found = self.cells.setdefault(cell.name, {"fields": fields, "state": "waiting", "step": 0})
@@ -166,16 +169,16 @@ class Record:
             folder = self._path.parent
             if (folder / "config.json").exists():
                 raise UserError(f"--workdir {folder}: holds a run of mdiff train; choose another folder")
-            return {}
+            return {"varied": varied, "cells": {}}
         try:
             tree = json.loads(self._path.read_text())
-            cells, theirs, base = tree["cells"], sorted(tree["varied"]), tree["base"]
+            cells, theirs, base = tree["cells"], list(tree["varied"]), tree["base"]
             assert isinstance(cells, dict) and isinstance(base, dict)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise UserError(
                 f"{self._path}: damaged ({error!r}); move it away, the cells stay as they are"
             ) from None
-        if theirs != varied:
+        if sorted(theirs) != sorted(varied):
             raise UserError(
                 f"--over varies {', '.join(varied)}: the sweep in {self._path.parent} varies {', '.join(theirs)}; "
                 "vary the same fields, or choose a new --workdir"
@@ -186,7 +189,7 @@ class Record:
                 f"--workdir {self._path.parent}: holds another sweep ({what}); choose a new --workdir, or go on "
                 "with its config"
             )
-        return dict(cells)
+        return {"varied": theirs, "cells": cells}
 
     def set(self, name: str, **changes: Any) -> None:
         """Change entries of a cell; None removes one."""
@@ -200,9 +203,9 @@ class Record:
 
     def save(self) -> None:
         """Write the file; of several processes the first does."""
-        varied = sorted({field for cell in self.cells.values() for field in cell["fields"]})
         if processes.is_first():
-            write_json(self._path, {"format": 1, "varied": varied, "base": self._base, "cells": self.cells})
+            tree = {"format": 1, "varied": self._varied, "base": self._base, "cells": self.cells}
+            write_json(self._path, tree)
 
 
 def _dig(tree: Any, field: str) -> Any:

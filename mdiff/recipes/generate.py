@@ -39,22 +39,21 @@ def conditions(model: Model, params: Params, index: Array, vectors: np.ndarray |
     return model.condition(params, entries, n=len(index))
 
 
-def make_generator(
+def sample_program(
     model: Model,
     cfg: config.Sample,
     vectors: np.ndarray | None = None,
     on: DeviceMesh | None = None,
-) -> Callable[[Params, Any], Array]:
-    """`(params, sample index [B]) -> images [B,H,W,C]`, jitted; sample i is the same in any batch.
+) -> Any:
+    """A jitted `(params, sample index int32 [B]) -> images [B,H,W,C]`; sample i is the same in any batch.
 
     Args:
       model: the network.
       cfg: the sampler.
       vectors: [N,V] the training images' own, for a model conditioned on them.
-      on: devices the batch is split over; it is filled up where it does not divide. Every process gets all images.
+      on: devices the batch is split over, which B divides by; every process gets all images. They need not exist.
     """
     split, whole = (None, None) if on is None else (mesh.batch_sharding(on), mesh.replicated(on))
-    ways = 1 if on is None else mesh.batch_devices(on)
 
     @functools.partial(jax.jit, out_shardings=whole)
     def generate(params: Params, index: Array) -> Array:
@@ -68,8 +67,20 @@ def make_generator(
         every = keys(cfg.seed, "sample", index)
         return sampler.sample(model.process, cfg, denoiser, every, model.shape, cond)
 
+    return generate
+
+
+def make_generator(
+    model: Model,
+    cfg: config.Sample,
+    vectors: np.ndarray | None = None,
+    on: DeviceMesh | None = None,
+) -> Callable[[Params, Any], Array]:
+    """`sample_program` for any batch: it is filled up where it does not divide over the devices."""
+    generate: Callable[[Params, Any], Array] = sample_program(model, cfg, vectors, on)
     if on is None:
         return generate
+    ways, whole = mesh.batch_devices(on), mesh.replicated(on)
 
     def fill_up(params: Params, index: Any) -> Array:
         short = -len(index) % ways

@@ -23,7 +23,7 @@ from mdiff import config, processes
 from mdiff.errors import UserError
 from mdiff.objectives import ambient
 from mdiff.recipes import experiment
-from mdiff.recipes.cells import Axes, Cell, Record, product
+from mdiff.recipes.cells import Axes, Cell, Record
 from mdiff.train import checkpoint, loop, mesh, side_by_side
 from mdiff.train.preemption import stop_on_signal
 from mdiff.train.trials import Program, TooLarge, Trial, device_bytes, shapes, state_bytes
@@ -77,12 +77,11 @@ def plan(base: config.Config, axes: Axes, folder: Path, mode: Mode = "auto") -> 
         raise UserError(
             f"--side-by-side yes: mesh.fsdp = {base.mesh.fsdp} splits each cell over devices; set it to 1"
         )
-    cells = product(base, axes)
-    record = Record(folder / "sweep.json", base, cells)
+    record = Record(folder / "sweep.json", base, axes)
     made: dict[str, experiment.Experiment] = {}
     problems: dict[str, str] = {}
     subsets: dict[str, Any] = {}
-    for cell in cells:
+    for cell in record.asked:
         try:
             found = processes.together(lambda cfg=cell.config: _prepare(cfg, mode))  # type: ignore[misc]
         except UserError as error:
@@ -92,7 +91,7 @@ def plan(base: config.Config, axes: Axes, folder: Path, mode: Mode = "auto") -> 
         made[cell.name] = replace(found, subset=subsets.setdefault(data, found.subset))  # held once
     if not made:
         raise UserError(next(iter(problems.values())))
-    return Plan(folder, cells, made, problems, record)
+    return Plan(folder, record.asked, made, problems, record)
 
 
 def _prepare(cfg: config.Config, mode: Mode) -> experiment.Experiment:
@@ -451,7 +450,9 @@ def _conclude(sweep: Plan, monitor: loop.Monitor) -> int:
 
 
 def _table(cells: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title=f"{len(cells)} cells", caption="memorized and control with their intervals, in %")
+    table = Table(
+        title=f"{len(cells)} cells", caption="memorized and control: % of generations, with interval"
+    )
     for column in ("cell", "state", "steps", "loss", "memorized", "control"):
         table.add_column(column, justify="left" if column in ("cell", "state") else "right")
 

@@ -78,5 +78,5 @@ class Ledger:
         }
 
     def save(self, path: Path) -> None:
-        """Write the ledger as JSON, atomically."""
+        """Write the ledger as JSON, atomically; on the first process of a job, whose clock it is."""
         write_json(path, self.as_json())

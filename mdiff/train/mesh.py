@@ -125,7 +125,7 @@ def place_batch(local: dict[str, np.ndarray], places: np.ndarray, batch: int, me
     split = batch_sharding(mesh)
 
     def one(x: np.ndarray) -> Array:
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def rows(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch)
             first = int(np.searchsorted(places, start))
             return x[first : first + stop - start]

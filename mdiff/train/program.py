@@ -39,9 +39,7 @@ def make_batch_fn(cfg: config.Config) -> state.BatchFn:
     return batch_fn
 
 
-def train_program(
-    cfg: config.Config, model: Model, objective: Objective, mesh: DeviceMesh
-) -> TrainProgram:
+def train_program(cfg: config.Config, model: Model, objective: Objective, mesh: DeviceMesh) -> TrainProgram:
     """The program of `cfg` on `mesh`, whose devices need not exist.
 
     Raises:

@@ -16,7 +16,7 @@ from mdiff import config
 from mdiff.errors import UserError
 from mdiff.keys import key
 from mdiff.nets.denoiser import Model
-from mdiff.objectives.denoise import DrawnObjective
+from mdiff.objectives.denoise import DrawnObjective, Draws
 from mdiff.train import ema, optim
 from mdiff.train import mesh as meshes
 from mdiff.types import Array, Batch, Key, Objective, Params
@@ -133,7 +133,9 @@ def make_step(
         if cfg.accumulate == 1:
             (loss, more), grads = grad(state.params, now, batch)
         else:
-            (loss, more), grads = _accumulated(grad, objective, state.params, now, batch, cfg.accumulate, unroll)
+            (loss, more), grads = _accumulated(
+                grad, objective, state.params, now, batch, cfg.accumulate, unroll
+            )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         done = state.step + 1
@@ -184,11 +186,11 @@ def _accumulated(
     if isinstance(objective, DrawnObjective):
         whole = objective.draw(key, batch["x"])
         every = jax.vmap(lambda part: jax.random.fold_in(whole.key, part))(jnp.arange(parts))
-        draws = jax.tree.map(split, whole._replace(key=None))
+        draws = jax.tree.map(split, {name: x for name, x in whole._asdict().items() if name != "key"})
 
     def one(part: Any) -> Any:
         at, rows, drawn = part
-        found = grad(params, at, rows, None if drawn is None else drawn._replace(key=at))
+        found = grad(params, at, rows, None if drawn is None else Draws(**drawn, key=at))
         return jax.tree.map(lambda leaf: leaf / parts, found)
 
     def body(total: Any, part: Any) -> tuple[Any, None]:

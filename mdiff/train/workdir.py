@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
 import mdiff
-from mdiff import config
+from mdiff import config, processes
 from mdiff.errors import UserError
-from mdiff.files import check_writable, write_json
+from mdiff.files import check_writable, free_bytes, write_json
 
 STATEFUL = ("optimizer", "ema_lengths")
 """Fields of `config.Train` that say what a checkpoint holds: a run is resumed with the ones it began with."""
@@ -66,21 +64,10 @@ def read(folder: Path) -> Stored:
     return Stored(config.from_json(config.Config, stored, str(path)), digest, shape)
 
 
-def _first_difference(old: Any, new: Any, where: str = "") -> str:
-    """The first field in which two JSON trees differ, as "a.b was 1, is 2"."""
-    for name in new:
-        at = f"{where}{name}"
-        if isinstance(new[name], dict) and isinstance(old.get(name), dict) and new[name] and old[name]:
-            found = _first_difference(old[name], new[name], f"{at}.")
-            if found:
-                return found
-        elif old.get(name) != new[name]:
-            return f"{at} was {old.get(name)}, is {new[name]}"
-    return ""
-
-
 def check(folder: Path, cfg: config.Config, state_bytes: int = 0, snapshot_bytes: int = 0) -> bool:
     """May this run write into `folder`? Touches nothing but a probe file; True when it resumes a run.
+
+    Of a job of many processes the first one is asked.
 
     Args:
       folder: the run's folder.
@@ -97,7 +84,7 @@ def check(folder: Path, cfg: config.Config, state_bytes: int = 0, snapshot_bytes
         stored = read(folder)
         if config.digest(stored.config) != config.digest(cfg):  # not as stored: newer fields have defaults
             known = {name: tree for name, tree in config.to_json(cfg).items() if name in config.DIGESTED}
-            what = _first_difference(config.to_json(stored.config), known)
+            what = processes.first_difference(config.to_json(stored.config), known)
             raise UserError(
                 f"--workdir {folder}: holds another run ({what}); choose a new --workdir, or go on with its config"
             )
@@ -113,7 +100,7 @@ def check(folder: Path, cfg: config.Config, state_bytes: int = 0, snapshot_bytes
         if not resuming and (folder / name).is_dir() and any((folder / name).iterdir()):
             raise UserError(f"--workdir {folder}: has {name} but no config.json; choose a new --workdir")
     existing = check_writable(folder, "--workdir")
-    checkpoint_bytes, free = state_bytes * (cfg.train.keep + 1), shutil.disk_usage(existing).free
+    checkpoint_bytes, free = state_bytes * (cfg.train.keep + 1), free_bytes(existing)
     if free < checkpoint_bytes + snapshot_bytes:
         more = (
             f" and the snapshots of train.ema_every {snapshot_bytes / 1e6:.0f} MB" if snapshot_bytes else ""
