@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from mdiff import commands, config, job
 from mdiff.arguments import option, parse
 from mdiff.errors import UserError
-from mdiff.files import check_writable, strict, write_json
+from mdiff.files import absolute, check_writable, locate, strict, write_json
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def train(arguments: Sequence[str]) -> int:
     with job.join("train", args.processes, _settings(args), notices=True) as this:
         monitor = this.monitor
         made = this.prepare(args.workdir, lambda: experiment.prepare(args.fields))
-        outcome = experiment.train(made, args.workdir, monitor, args.init_from)
+        outcome = experiment.train(made, args.workdir, monitor, args.init_from, this.check)
         if outcome.stopped:
             monitor.say(
                 f"{outcome.stopped}: saved step {int(outcome.state.step)} of {args.fields.train.steps}"
@@ -45,7 +45,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     if folder is not None:
         from mdiff.train import workdir
 
-        stored = workdir.read(Path(folder)).config
+        stored = workdir.read(locate(folder)).config
         defaults = {"sample": stored.sample, "audit": stored.audit}
     args = parse(commands.EvalArgs, arguments, "mdiff eval", defaults)
     probes = _probes(args.probes)
@@ -82,7 +82,7 @@ def sample(arguments: Sequence[str]) -> int:
     if folder is not None:
         from mdiff.train import workdir
 
-        defaults = {"sample": workdir.read(Path(folder)).config.sample}
+        defaults = {"sample": workdir.read(locate(folder)).config.sample}
     args = parse(commands.SampleArgs, arguments, "mdiff sample", defaults, flags=True)
     from mdiff.recipes import experiment
 
@@ -207,7 +207,7 @@ def _report(out: Path, runs: dict[str, Path], title: str, extra: dict[str, Any])
         console.print(table)
     for paragraph in written["verdict"]:
         console.print(paragraph, markup=False, highlight=False)
-    console.print(f"page: {(out / 'report.html').resolve()}", soft_wrap=True)
+    console.print(f"page: {absolute(out / 'report.html')}", soft_wrap=True)
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -253,49 +253,9 @@ def watch(arguments: Sequence[str]) -> int:
 
 
 def judge(arguments: Sequence[str]) -> int:
-    parts = {"export": _judge_export, "import": _judge_import}
-    if not arguments:
-        raise UserError("judge: nothing to do; give judge export or judge import, see mdiff judge --help")
-    if arguments[0] in ("-h", "--help"):
-        print("usage: mdiff judge export RUN [OPTIONS]\n       mdiff judge import RUN ANSWERS.json [...]\n")
-        print(
-            "export writes a page on which a person judges the most copy-like pairs; import reads the answers."
-        )
-        print("Each has --help.")
-        return 0
-    if arguments[0] not in parts:
-        raise UserError(f"judge {arguments[0]}: unknown; give judge export or judge import")
-    return parts[arguments[0]](arguments[1:])
+    from mdiff.report import judge_command
 
-
-def _judge_export(arguments: Sequence[str]) -> int:
-    args = parse(commands.JudgeExportArgs, arguments, "mdiff judge export")
-    if args.out is not None:
-        check_writable(args.out, "--out")
-    from mdiff.report.judge import export
-
-    page, sheet = export(args.workdir, args.top, args.controls, args.seed, args.out)
-    print(f"{sheet.top} pairs and {sheet.controls} controls, shuffled: {page.resolve()}")
-    print(f"then: mdiff judge import {shlex.quote(str(args.workdir))} ANSWERS.json")
-    return 0
-
-
-def _judge_import(arguments: Sequence[str]) -> int:
-    args = parse(commands.JudgeImportArgs, arguments, "mdiff judge import")
-    from rich.console import Console
-
-    from mdiff.probes import records, results, verdicts
-    from mdiff.report.page import probe_table
-
-    audited = results.load(args.workdir)
-    found = verdicts.verdicts(audited, [verdicts.read_answers(path) for path in args.answers])
-    path = records.save(found, args.workdir)
-    console = Console()
-    console.print(probe_table(found))
-    for note in found.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    console.print(f"written: {path}; mdiff report {args.workdir} shows it", soft_wrap=True, markup=False)
-    return 0
+    return judge_command.run(arguments)
 
 
 def demo(arguments: Sequence[str]) -> int:
@@ -318,7 +278,11 @@ def sweep(arguments: Sequence[str]) -> int:
     from mdiff.recipes import cells
     from mdiff.recipes import sweep as recipe
 
-    axes = cells.parse_over(args.over)
+    def value(field: str, words: list[str]) -> Any:
+        given = parse(commands.SweepValue, [f"--{field}", *words], "mdiff sweep", {"fields": args.fields})
+        return cells.get(given.fields, field)
+
+    axes = cells.parse_over(args.over, args.fields, value)
     with job.join("sweep", args.processes, _settings(args), notices=True) as this:
         planned = this.prepare(
             args.workdir, lambda: recipe.plan(args.fields, axes, args.workdir, args.side_by_side)

@@ -299,7 +299,7 @@ DIGESTED = ("seed", "data", "process", "net", "loss")
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config (or any dataclass of plain values) as JSON-ready dicts and lists."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json", fallback=str, warnings=False)
 
 
 def from_json(cls: type, tree: dict[str, Any], where: str = "config") -> Any:

@@ -148,7 +148,9 @@ def _convolution_inside(equation: Any) -> int:
     for axis, (low, _) in enumerate(given["padding"]):
         n, size, results = (
             shape[spec[axis + 2]]
-            for shape, spec in zip((image, kernel, out), (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec), strict=True)
+            for shape, spec in zip(
+                (image, kernel, out), (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec), strict=True
+            )
         )
         steps = (given[name][axis] for name in ("window_strides", "lhs_dilation", "rhs_dilation"))
         stride, spread, dilation = steps

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class Job:
     monitor: Monitor
     held: ExitStack
     first: bool
+    _locks: list[Any] = field(default_factory=list)
 
     def prepare(self, folder: Path, work: Callable[[], T]) -> T:
         """What `work()` makes on every process; then no other job may write into `folder`.
@@ -56,7 +57,16 @@ class Job:
     def _hold(self, folder: Path) -> None:
         from mdiff import lock
 
-        self.held.enter_context(lock.hold(folder, self.monitor.say))
+        self._locks.append(self.held.enter_context(lock.hold(folder, self.monitor.say)))
+
+    def check(self) -> None:
+        """Is the folder still ours? Ask before a save; on the first process.
+
+        Raises:
+          UserError: another job took it over, while this process was suspended, say.
+        """
+        for each in self._locks:
+            each.check()
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Any, TypeVar
 
 import jax
@@ -22,11 +24,16 @@ from mdiff.errors import UserError
 
 T = TypeVar("T")
 
+_SLURM = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")  # what jax asks for
+
 CLUSTERS: Mapping[str, Callable[[Mapping[str, str]], bool]] = {
-    "Slurm": lambda env: "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env,
     "Open MPI": lambda env: "OMPI_MCA_orte_hnp_uri" in env or "PRTE_LAUNCHED" in env,
+    "Slurm": lambda env: all(f"SLURM_{name}" in env for name in _SLURM),
     "Kubernetes": lambda env: "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env,
-    "TPU pod": lambda env: len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1,
+    "TPU pod": lambda env: (
+        "," in env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
+        or env.get("MEGASCALE_NUM_SLICES", "1") != "1"
+    ),
 }
 """What started a job of several processes, and how its environment shows. In the order asked."""
 
@@ -154,7 +161,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What `work()` returns on the first process, which alone calls it; it must be plain JSON.
+    """What `work()` returns on the first process, which alone calls it, in a thread; it must be plain JSON.
 
     Raises:
       UserError: on all processes, what `work` raised.
@@ -162,12 +169,15 @@ def from_first(work: Callable[[], T]) -> T:
     if count() == 1:
         return work()
     answer: dict[str, Any] = {}
-    if is_first():
-        try:
-            answer = {"value": work()}
-        except UserError as error:
-            answer = {"error": str(error)}
-    answer = json.loads(gather(json.dumps(answer).encode())[0])
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work) if is_first() else None
+        while not answer:  # the others hear of it meanwhile: they would not wait for longer than 30 s
+            if future is not None and wait_for([future], timeout=10).done:
+                try:
+                    answer = {"value": future.result()}
+                except UserError as error:
+                    answer = {"error": str(error)}
+            answer = json.loads(gather(json.dumps(answer).encode())[0])
     if "error" in answer:
         raise shared_error(answer["error"])
     found: T = answer["value"]

@@ -144,8 +144,9 @@ def test_beating_job_elsewhere_is_alive(tmp_path):
     other = threading.Thread(target=beat)
     other.start()
     try:
-        with pytest.raises(UserError, match="on elsewhere .* is at work"), lock.hold(
-            tmp_path, print, beat=BEAT
+        with (
+            pytest.raises(UserError, match=r"on elsewhere .* is at work"),
+            lock.hold(tmp_path, print, beat=BEAT),
         ):
             pass
     finally:
@@ -204,9 +205,14 @@ def test_check_sees_it_before_the_next_beat_after_a_suspension(tmp_path, monkeyp
 
 def test_released_on_errors_and_empty_folders_removed(tmp_path):
     folder = tmp_path / "a" / "b"
-    with pytest.raises(ZeroDivisionError), lock.hold(folder, print):
-        assert folder.is_dir()
-        _ = 1 / 0
+
+    def fail():
+        with lock.hold(folder, print):
+            assert (folder / "lock.json").is_file()
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert not (tmp_path / "a").exists()
     (tmp_path / "kept").write_text("")
     with lock.hold(tmp_path, print):
@@ -234,8 +240,9 @@ def test_empty_lock_is_nobodys(tmp_path):
 
 def test_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*file.*is a file"), lock.hold(
-        tmp_path / "file" / "run", print, field="--out"
+    with (
+        pytest.raises(UserError, match=r"--out .*file.*is a file"),
+        lock.hold(tmp_path / "file" / "run", print, field="--out"),
     ):
         pass
 

@@ -20,7 +20,7 @@ from mdiff.data.plant import Planted, as_json, check, from_json, plan, plant
 from mdiff.data.source import Images
 from mdiff.data.stream import permutation
 from mdiff.errors import UserError
-from mdiff.files import write_json
+from mdiff.files import locate, write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ def save_subset(path: str | Path, subset: Subset, config: config_lib.Data) -> No
     Raises:
       UserError: the file cannot be written.
     """
-    path = Path(path)
+    path = locate(path)
     tree: dict[str, Any] = {
         "source": config.source,
         "size": config.size,
@@ -184,7 +184,7 @@ def load_subset(path: str | Path, images: Images) -> Subset:
         f"{where}: is damaged or another file; delete it and run mdiff train again, which writes it anew"
     )
     try:
-        tree = json.loads(Path(path).read_text())
+        tree = json.loads(locate(path).read_text())
         ids = {name: np.array(tree[name]["ids"], np.int32) for name in ("train", "heldout")}
         fingerprint = tree.get("fingerprint")
         hashes = {} if fingerprint else {name: str(tree[name]["sha256"]) for name in ids}

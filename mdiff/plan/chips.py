@@ -25,11 +25,12 @@ class Chip:
       name: as in a topology, such as "v5e".
       flops: peak operations per second, bfloat16.
       hbm: bytes of main memory.
+      usable: bytes of it that the compiler (libtpu 0.0.42) lets a program have.
       hbm_rate: bytes per second between main memory and the chip.
       ici_rate: bytes per second that the chip sends to its neighbours over all its links together.
       axes: of the torus.
       host: chips per host.
-      largest: the longest slice sides that are sold.
+      largest: chips of the largest slice (or, of v4, of a pod).
       example: a topology of this chip.
       sources: of the numbers.
     """
@@ -37,11 +38,12 @@ class Chip:
     name: str
     flops: float
     hbm: float
+    usable: float
     hbm_rate: float
     ici_rate: float
     axes: int
     host: int
-    largest: tuple[int, ...]
+    largest: int
     example: str
     sources: tuple[str, ...]
 
@@ -51,12 +53,12 @@ _DOCS = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS: Mapping[str, Chip] = {
     # The docs give no ICI rate for v4; the paper has 6 links of 50 GB/s (table 4).
     "v4": Chip(
-        "v4", 275e12, 32 * GIB, 1200e9, 300e9, 3, 4, (12, 16, 16), "v4:4x4x8",
+        "v4", 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 300e9, 3, 4, 4096, "v4:4x4x8",
         (_DOCS + "v4", "https://arxiv.org/abs/2304.01433"),
     ),
-    "v5e": Chip("v5e", 197e12, 16 * GB, 819e9, 200e9, 2, 4, (16, 16), "v5e:4x4", (_DOCS + "v5e",)),
-    "v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, 3, 4, (16, 16, 24), "v5p:4x4x8", (_DOCS + "v5p",)),
-    "v6e": Chip("v6e", 918e12, 32 * GB, 1638e9, 400e9, 2, 4, (16, 16), "v6e:4x4", (_DOCS + "v6e",)),
+    "v5e": Chip("v5e", 197e12, 16 * GB, 15.75 * GIB, 819e9, 200e9, 2, 4, 256, "v5e:4x4", (_DOCS + "v5e",)),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 600e9, 3, 4, 6144, "v5p:4x4x8", (_DOCS + "v5p",)),
+    "v6e": Chip("v6e", 918e12, 32 * GB, 31.25 * GIB, 1638e9, 400e9, 2, 4, 256, "v6e:4x4", (_DOCS + "v6e",)),
 }  # fmt: skip
 """The docs state the interconnect's rate in both directions together; a chip sends at half of it."""
 
@@ -124,6 +126,8 @@ def _check_shape(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
         raise UserError(
             f"--topology {text}: a host has 2x2 chips, so the first two sides are even; such as {chip.example}"
         )
-    longest = "x".join(map(str, chip.largest))
-    if any(side > most for side, most in zip(sorted(shape), chip.largest, strict=True)):
-        raise UserError(f"--topology {text}: the largest slice of {chip.name} is {longest}; give a smaller one")
+    if prod(shape) > chip.largest:
+        raise UserError(
+            f"--topology {text}: {prod(shape)} chips, and the largest slice of {chip.name} has {chip.largest}; "
+            f"give a smaller one, such as {chip.example}"
+        )

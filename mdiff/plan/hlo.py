@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from mdiff.flops import pairs
+
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64,
     "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
@@ -240,31 +242,6 @@ def convolution_flops(out: Leaf, left: Leaf, right: Leaf, attributes: str) -> in
         )
     batch, features = out.dims[labels[2].index("b")], out.dims[labels[2].index("f")]
     return 2 * batch * features * right.dims[labels[1].index("i")] * products
-
-
-def pairs(n: int, out: int, size: int, stride: int, low: int, spread: int, dilation: int) -> int:
-    """How many (output, tap) pairs of one axis meet an input that is neither padding nor a dilation's zero.
-
-    Args:
-      n: inputs.
-      out: outputs.
-      size: taps.
-      stride: step from output to output.
-      low: padding before the first input.
-      spread: distance of neighbouring inputs once dilated.
-      dilation: distance of neighbouring taps.
-    """
-    last, total = (n - 1) * spread, 0
-    for tap in range(size):
-        # Outputs o with 0 <= o * stride + shift <= last, and that sum a multiple of spread.
-        shift = tap * dilation - low
-        first = max(0, -(shift // stride))
-        final = min(out - 1, (last - shift) // stride)
-        if spread == 1:
-            total += max(0, final - first + 1)
-        else:
-            total += sum((o * stride + shift) % spread == 0 for o in range(first, final + 1))
-    return total
 
 
 COLLECTIVES = (

@@ -5,6 +5,7 @@ The door to the recipes: what a run is (`runs`), what it generates (`generate`),
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mdiff import config
@@ -45,9 +46,13 @@ __all__ = [
 
 
 def train(
-    experiment: Experiment, folder: Path, monitor: loop.Monitor, init_from: Path | None = None
+    experiment: Experiment,
+    folder: Path,
+    monitor: loop.Monitor,
+    init_from: Path | None = None,
+    guard: Callable[[], None] | None = None,
 ) -> loop.Outcome:
-    """Train the experiment in `folder`, measuring memorization along the way."""
+    """Train the experiment in `folder`, measuring memorization along the way; `guard` as in `loop.train`."""
     cfg, model = experiment.config, experiment.model
     params = None
     if init_from is not None:
@@ -59,7 +64,7 @@ def train(
         _say_what_was_seen(cfg, init_from, monitor)
     objective = ambient.make(model, cfg)
     evaluator = memorization_curve(experiment)
-    return loop.train(cfg, model, objective, experiment.subset, folder, monitor, evaluator, params)
+    return loop.train(cfg, model, objective, experiment.subset, folder, monitor, evaluator, params, guard)
 
 
 def _say_what_was_seen(cfg: config.Config, init_from: Path, monitor: loop.Monitor) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jax.sharding import Mesh as DeviceMesh
 from PIL import Image
 
 from mdiff import config, processes
-from mdiff.files import write_atomically
+from mdiff.files import remove, write_atomically
 from mdiff.keys import keys
 from mdiff.nets.denoiser import Model
 from mdiff.recipes.runs import Experiment, load_params
@@ -130,12 +130,12 @@ def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.nd
 
 
 def _join(folder: Path, paths: list[Path], n: int, step: int) -> None:
-    images = np.concatenate([np.load(path) for path in paths])[:n]
+    images = np.concatenate([np.load(io.BytesIO(path.read_bytes())) for path in paths])[:n]
     write_atomically(
         folder / "samples.npz",
         lambda temporary: np.savez_compressed(temporary, x=images, id=np.arange(n), step=step),
     )
-    shutil.rmtree(folder / "samples")
+    remove(folder / "samples")
 
 
 def load(folder: Path) -> tuple[np.ndarray, int]:

@@ -12,6 +12,7 @@ from mdiff.data import augment, source
 from mdiff.data.split import Subset, load_subset, split
 from mdiff.errors import UserError
 from mdiff.features import spaces
+from mdiff.files import absolute
 from mdiff.nets.denoiser import Model, make_model
 from mdiff.objectives import ambient
 from mdiff.process import laws
@@ -83,7 +84,7 @@ def reopen(
 
 def _run_folder(path: Path) -> tuple[Path, int | None]:
     """A run's folder and the step, if `path` is the folder of one of its checkpoints."""
-    whole = path.absolute()
+    whole = absolute(path)
     if whole.parent.name == "checkpoints" and whole.name.isdigit():
         return whole.parent.parent, int(whole.name)
     return path, None

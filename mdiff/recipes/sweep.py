@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -122,8 +122,11 @@ class _Board:
     def show(self, scalars: Mapping[str, float] | None = None) -> None:
         """Steps of all cells; a failed one has no more to do."""
         cells = [self._record.cells[name] for name in self._names]
-        total = sum(cell["step"] if cell["state"] == "failed" else cell["steps"] for cell in cells)
-        self.monitor.progress("train", sum(cell["step"] for cell in cells), total, scalars or {})
+        done = [min(cell["step"], cell["steps"]) for cell in cells]
+        total = [
+            at if cell["state"] == "failed" else cell["steps"] for cell, at in zip(cells, done, strict=True)
+        ]
+        self.monitor.progress("train", sum(done), sum(total), scalars or {})
 
     def ended(self) -> None:
         cells = [self._record.cells[name] for name in self._names]
@@ -149,7 +152,7 @@ class _CellMonitor:
 
 
 def run(
-    sweep: Plan, monitor: loop.Monitor, *, mode: Mode, evaluate: bool, again_failed: bool, command: str
+    sweep: Plan, monitor: loop.Monitor, *, mode: Mode, evaluate: bool, again_failed: bool, resume: str
 ) -> int:
     """Train the cells that are not trained, measure those that are not measured, and say how all ended.
 
@@ -159,7 +162,7 @@ def run(
       mode: side by side, one after another, or whichever suits.
       evaluate: sample and audit each trained cell.
       again_failed: try failed cells again.
-      command: what resumes this sweep.
+      resume: the line that says how to go on with this sweep.
 
     Returns:
       The exit code: 0 when all cells ended well or a signal stopped them after they saved, 1 when one failed.
@@ -185,7 +188,7 @@ def run(
     if stopped:
         done = sum(record.cells[cell.name]["state"] in ("trained", "measured") for cell in sweep.cells)
         monitor.say(f"{stopped}: saved; {done} of {len(sweep.cells)} cells are trained")
-        monitor.say(f"resume with: {command}")
+        monitor.say(resume)
         return 0
     return _conclude(sweep, monitor)
 
@@ -205,7 +208,7 @@ def _train(sweep: Plan, board: _Board, mode: Mode) -> str:
     waiting = [name for name in sweep.made if sweep.record.cells[name]["state"] in ("waiting", "training")]
     if not waiting:
         return ""
-    saved = {name: _saved(sweep, name, board.monitor.say) for name in waiting}
+    saved = {name: _saved(sweep, name) for name in waiting}
     counted = side_by_side.Clock()
     for name in waiting:
         sweep.record.cells[name]["step"] = saved[name][-1]
@@ -220,13 +223,13 @@ def _train(sweep: Plan, board: _Board, mode: Mode) -> str:
     return ""
 
 
-def _saved(sweep: Plan, name: str, say: Callable[[str], None]) -> list[int]:
+def _saved(sweep: Plan, name: str) -> list[int]:
     """Steps a cell can go on from, oldest first; 0 is the beginning."""
     folder = sweep.where(name)
     if not processes.from_first(lambda: (folder / "checkpoints").is_dir()):
         return [0]
     with checkpoint.open_run(folder, sweep.made[name].config.train) as found:
-        return [0, *found.whole(say)]
+        return [0, *(step for step in found.steps() if not found.damage(step))]
 
 
 def _trial(sweep: Plan, board: _Board, name: str) -> Trial:
@@ -259,14 +262,12 @@ def _groups(
             alone.append(name)
         else:
             alike.setdefault(shapes(trial), []).append(name)
-    found = [
-        part for group in alike.values() for part in at_one_step(group, saved, _save_every(sweep, group))
-    ]
+    found: list[tuple[list[str], int]] = []
+    for group in alike.values():
+        begun = [name for name in group if sweep.record.cells[name]["state"] == "training"]
+        found += at_one_step(begun, saved, max(sweep.made[name].config.train.save_every for name in group))
+        found += at_one_step([name for name in group if name not in begun], saved, 0)
     return found + [([name], saved[name][-1]) for name in alone]
-
-
-def _save_every(sweep: Plan, names: Sequence[str]) -> int:
-    return max(sweep.made[name].config.train.save_every for name in names)
 
 
 def at_one_step(
@@ -301,6 +302,9 @@ def _together(
     board.monitor.say(f"{len(names)} cells side by side on {width} devices")
     for first in range(0, len(trials), width):
         part = trials[first : first + width]
+        for trial in part:
+            record.cells[trial.name]["state"] = "training"
+        record.save()
         try:
             stopped, failures = side_by_side.train(program, part, begin, board.monitor.say, counted)
         except TooLarge as error:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mdiff.errors import UserError
-from mdiff.files import strict
+from mdiff.files import locate, strict
 from mdiff.probes import records, verdicts
 from mdiff.probes.records import ProbeResult
 from mdiff.probes.results import FORMAT
@@ -105,7 +105,7 @@ def read_run(name: str, folder: Path) -> Run:
     Raises:
       UserError: no such folder, no `audit.json` in it, or a file in it that cannot be read.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     remedy = f"make it with `mdiff eval --workdir {folder} --probes audit`"
     if not folder.is_dir():
         raise UserError(f"run {name!r}: {folder} is not a folder; give the --workdir of a training run")

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from mdiff.errors import UserError
-from mdiff.files import write_text
+from mdiff.files import locate, write_text
 from mdiff.probes import results, verdicts
 from mdiff.probes.results import AuditResult
 from mdiff.probes.verdicts import Sheet
@@ -42,7 +42,7 @@ def export(
     Raises:
       UserError: no audit there, pictures that are not those audited, or numbers that do not fit.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     result = results.load(folder)
     if (folder / "config.json").is_file():
         sheet = verdicts.choose(result, top, controls, seed)
@@ -57,7 +57,7 @@ def export(
                 )
         sheet = verdicts.choose(result, min(stored, 100) if top is None else top, 0, seed)
         pictures = _stored(result, sheet)
-    path = (folder if out is None else Path(out)) / "judge.html"
+    path = (folder if out is None else locate(out)) / "judge.html"
     try:
         write_text(path, _html(sheet, pictures))
     except OSError as error:
@@ -71,7 +71,7 @@ def _of_run(folder: Path, result: AuditResult, sheet: Sheet) -> list[tuple[np.nd
     again = f"run mdiff eval --workdir {folder} again"
     if not (folder / "samples.npz").is_file():
         raise UserError(f"{folder}: no samples.npz; {again}")
-    with np.load(folder / "samples.npz") as stored:
+    with (folder / "samples.npz").open("rb") as file, np.load(file) as stored:
         generated = stored["x"]
     index = result.pictures["top_index"]
     if len(generated) != len(result.rows["ratio"]) or not np.array_equal(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mdiff import __version__
 from mdiff.errors import UserError
-from mdiff.files import strict, write_text
+from mdiff.files import locate, strict, write_text
 from mdiff.probes import results
 from mdiff.probes.compare import compare
 from mdiff.probes.records import ProbeResult
@@ -47,12 +47,12 @@ def write_report(
     """
     if not runs:
         raise UserError("report: no run given; name at least one run folder")
-    read = [read_run(name, Path(folder)) for name, folder in runs.items()]
+    read = [read_run(name, locate(folder)) for name, folder in runs.items()]
     paired = _paired(runs)
     report = _report(read, paired, title, dict(extra or {}))
     html = _html(read, report)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    out = Path(out)
+    out = locate(out)
     try:
         write_text(out / "report.html", html)
         write_text(out / "report.json", text + "\n")
@@ -115,7 +115,7 @@ def probe_table(found: ProbeResult) -> Table:
 
 def _paired(runs: Mapping[str, Path]) -> dict[str, dict[str, Estimate]]:
     """Paired differences of every run to the first; a run that cannot be paired with it is left out."""
-    first, *others = ((name, Path(folder)) for name, folder in runs.items())
+    first, *others = ((name, locate(folder)) for name, folder in runs.items())
     found = {}
     for name, folder in others:
         try:

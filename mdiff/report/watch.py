@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mdiff.errors import UserError
+from mdiff.files import modified
 from mdiff.train import metrics
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -99,7 +100,7 @@ def look(folder: Path, now: float) -> Snapshot:
     age = None
     if rows:
         with contextlib.suppress(FileNotFoundError):  # between two looks a restarted run may replace it
-            age = max(0.0, now - (folder / "metrics.jsonl").stat().st_mtime)
+            age = max(0.0, now - modified(folder / "metrics.jsonl"))
     saved = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
     checkpoint = max(saved, default=None)
     trained = step >= steps and (checkpoint is None or checkpoint >= steps)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mdiff import config, processes
 from mdiff.errors import UserError
-from mdiff.files import write_json
+from mdiff.files import absolute, below, free_bytes, is_local, remove, write_json
 
 _FAILURES = (ValueError, OSError, KeyError, TypeError, RuntimeError)
 """What orbax and tensorstore raise when reading or writing fails (they document no narrower type)."""
@@ -32,16 +31,21 @@ _FAILURES = (ValueError, OSError, KeyError, TypeError, RuntimeError)
 _ITEMS = ("state", "meta")
 _SUMS = "sums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_COMMITTED = "commit_success.txt"
 _OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays, generously
 
 
 def _sums(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint's items, by path below it."""
-    files = sorted(file for item in _ITEMS for file in (checkpoint / item).rglob("*") if file.is_file())
+    """SHA-256 of every file of a checkpoint's items, by path below it; on an object store, which has sums, its size."""
+    files = sorted(file for item in _ITEMS for file in below(checkpoint / item))
     found = {}
     for file in files:
-        with file.open("rb") as opened:
-            found[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+        name = file.relative_to(checkpoint).as_posix()
+        if is_local(file):
+            with file.open("rb") as opened:
+                found[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        elif file.name != _COMMITTED:
+            found[name] = str(file.stat().length)  # type: ignore[attr-defined]
     return found
 
 
@@ -78,7 +82,7 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(keep)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
-        self.folder = folder.absolute()
+        self.folder = absolute(folder)
         self._saving = -1
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -118,8 +122,16 @@ class Checkpoints:
     def _seal(self) -> None:
         """Write the sums; orbax calls this when all files are there and the directory is not yet renamed."""
         if processes.is_first():
-            for unfinished in self.folder.glob(f"{self._saving}{_UNFINISHED}*"):
+            for unfinished in self._unfinished(self._saving):
                 write_json(unfinished / _SUMS, _sums(unfinished))
+
+    def _unfinished(self, step: int | None = None) -> list[Path]:
+        """Folders of saves under way or killed: of one step, or of all."""
+        if is_local(self.folder):
+            return list(self.folder.glob(f"{'*' if step is None else step}{_UNFINISHED}*"))
+        # Nothing is renamed on an object store: orbax marks a finished checkpoint by a file in it.
+        found = (path for path in self.folder.glob("*") if path.name.isdigit())
+        return [path for path in found if step in (None, int(path.name)) and not (path / _COMMITTED).exists()]
 
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, oldest first."""
@@ -143,7 +155,7 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
     def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
+        free = free_bytes(self.folder)
         if free < needed:
             raise UserError(
                 f"{self.folder}: {free / 1e6:.1f} MB free, but a checkpoint takes {needed / 1e6:.1f} MB; free some "
@@ -167,8 +179,8 @@ class Checkpoints:
             if later > step:
                 self._manager.delete(later)
         if processes.is_first():
-            for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
-                shutil.rmtree(unfinished)
+            for unfinished in self._unfinished():
+                remove(unfinished)
         processes.wait("checkpoints discarded")
 
     def damage(self, step: int) -> str:

@@ -8,7 +8,7 @@ run repeats nothing and skips nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +78,7 @@ def train(
     monitor: Monitor,
     evaluator: Evaluator | None = None,
     init_from: Params | None = None,
+    guard: Callable[[], None] | None = None,
 ) -> Outcome:
     """Train, or go on training, the run in `folder`.
 
@@ -90,6 +91,7 @@ def train(
       monitor: told about progress.
       evaluator: called on (averaged parameters, step) every `train.eval_every` steps and at the end.
       init_from: parameters to start from instead of fresh ones (fine-tuning); ignored on resume.
+      guard: called before every save, on the first process; raises `UserError` when the folder is no longer ours.
 
     Returns:
       The final state and whether a signal ended the run early.
@@ -153,11 +155,14 @@ def train(
 
             def save(step: int) -> None:
                 log.flush(step)
+                if guard is not None:
+                    processes.from_first(guard)
                 with ledger.time("checkpoint"):
                     if averages is not None:
                         averages.wait()  # a run resumed here will not pass earlier snapshots again
                     checkpoints.save(current, {"ledger": ledger.as_json()})
                     ledger.save(folder / "ledger.json")
+                    metrics.flush()
 
             def store(step: int) -> None:
                 if averages is not None and every and step and step % every == 0:
