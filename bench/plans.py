@@ -6,6 +6,7 @@ Usage: python bench/plans.py [NAME …], names as in `PLANS`, or "scaling"; all 
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from mdiff import config, files
 from mdiff.arguments import parse
 from mdiff.errors import UserError
-from mdiff.plan import command
+from mdiff.plan import command, show
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "plans"
+PAGE = ROOT / "docs" / "guides" / "plan.md"
 
 PLANS: dict[str, list[str]] = {
     "imagenet64-dit-xl_v5e-16x16": [
@@ -78,7 +80,7 @@ def scaling() -> None:
                     "seconds": estimate.get("seconds"),
                     "mfu": estimate.get("mfu"),
                     "images_per_second": estimate.get("units_per_second"),
-                    "wire_bytes": sum(each["wire"] for each in part["counted"]["collectives"].values()),
+                    "wire_bytes": _sent(part["counted"]),
                     "compile_seconds": part["compile_seconds"],
                 }
             )
@@ -94,6 +96,58 @@ def scaling() -> None:
     )
 
 
+def tables() -> str:
+    """The plans that are there, as tables of docs/guides/plan.md."""
+    head = "| plan | part | peak (GB) | operations (TFLOP) | against the jaxpr | messages sent (GB) | least time | bound by | MFU at most | chip-hours at least | compiled in |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for name in PLANS:
+        path = OUT / f"{name}.json"
+        parts = json.loads(path.read_text())["parts"] if path.is_file() else {}
+        for part, found in parts.items():
+            estimate, counted = found["estimate"], found["counted"]
+            off = counted["flops"] / found["flops"]["analytic"] - 1
+            lines.append(
+                f"| {name} | {part} | {estimate['peak'] / 1e9:.2f} | {counted['flops'] / 1e12:,.3f} | {off:+.2%} | "
+                f"{_sent(counted) / 1e9:.2f} | {show.duration(estimate['seconds']['roofline'])} | "
+                f"{estimate['seconds']['bound']} | {estimate['mfu']:.0%} | {estimate['chip_hours']:,.1f} | "
+                f"{show.duration(found['compile_seconds'])} |"
+            )
+    path = OUT / "scaling.json"
+    if not path.is_file():
+        return "\n".join(lines)
+    stored = json.loads(path.read_text())
+    lines += [
+        "",
+        f"DiT-XL's training step over four slices, `mesh.fsdp {stored['mesh.fsdp']}`: {stored['images_per_chip']} images per "
+        f"chip (weak), {stored['batch']} images per step (strong). Least times as above.",
+        "",
+        "| scaling | slice | batch | peak (GB) | compute | memory | links | bound by | images/s at most | per chip, of v5e:2x4's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in ("weak", "strong"):
+        first = stored[kind][0]
+        for row in stored[kind]:
+            seconds = row["seconds"]
+            share = row["images_per_second"] / row["chips"] / (first["images_per_second"] / first["chips"])
+            times = " | ".join(show.duration(seconds[name]) for name in ("compute", "hbm", "ici"))
+            lines.append(
+                f"| {kind} | {row['topology']} | {row['batch']:,} | {row['peak_bytes'] / 1e9:.2f} | {times} | "
+                f"{seconds['bound']} | {row['images_per_second']:,.0f} | {share:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def _sent(counted: dict[str, Any]) -> float:
+    return sum(each["wire"] for each in counted["collectives"].values())
+
+
+def write_tables() -> None:
+    """Put the tables between the page's marks."""
+    before, rest = PAGE.read_text().split("<!-- plans -->\n")
+    after = rest.split("<!-- /plans -->")[1]
+    files.write_text(PAGE, f"{before}<!-- plans -->\n{tables()}\n<!-- /plans -->{after}")
+
+
 def main() -> None:
     wanted = sys.argv[1:] or [*PLANS, "scaling"]
     for name in wanted:
@@ -103,6 +157,7 @@ def main() -> None:
             make(PLANS[name], OUT / f"{name}.json")
         else:
             raise UserError(f"{name}: unknown; there are {', '.join(PLANS)}, scaling")
+        write_tables()
 
 
 if __name__ == "__main__":

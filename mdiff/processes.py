@@ -234,7 +234,7 @@ def first_difference(old: Any, new: Any, where: str = "") -> str:
             found = first_difference(old[name], new[name], f"{at}.")
             if found:
                 return found
-        elif old.get(name) != new[name]:
+        elif json.dumps(old.get(name)) != json.dumps(new[name]):  # NaN is not itself
             return f"{at} was {old.get(name)}, is {new[name]}"
     return ""
 

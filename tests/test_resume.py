@@ -240,7 +240,7 @@ import test_train as lab
 from mdiff import config
 from mdiff.train import mesh, loop
 real_mesh, real_shardings = mesh.make_mesh, mesh.shardings
-mesh.shardings = lambda shapes, device_mesh: real_shardings(shapes, device_mesh, min_bytes=0)
+mesh.shardings = lambda shapes, device_mesh, **_: real_shardings(shapes, device_mesh, min_bytes=0)
 out = Path(sys.argv[1])
 assert len(jax.devices()) == 2
 

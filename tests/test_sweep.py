@@ -24,7 +24,7 @@ from mdiff import config
 from mdiff.errors import UserError
 from mdiff.recipes import cells
 from mdiff.recipes.cells import parse_over, product
-from mdiff.recipes.sweep import at_one_step
+from mdiff.recipes.sweep_train import at_one_step
 from mdiff.train import trials
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,49 +302,42 @@ def check_equals_plain_runs(env, out, steps, folders):
 
 
 def test_side_by_side_stopped_killed_and_resumed_equals_plain_runs(env, tmp_path):
-    folder, four = tmp_path / "swéep", devices(env, 4)
-    fields = ["--eval", "False", "--over", "seed=0,4294967295", "loss.cutoff=0,1", "train.lr=0.01,1e30"]
-    good = [f"seed={s},cutoff={c},lr=0.01" for s in (0, 4294967295) for c in (0, 1)]
-    bad = [name.replace("0.01", "1e+30") for name in good]
+    folder, two = tmp_path / "swéep", devices(env, 2)
+    fields = ["--eval", "False", "--over", "loss.cutoff=0,1", "train.lr=0.01,1e30"]
+    good, bad = ([f"cutoff={cutoff},lr={lr}" for cutoff in (0, 1)] for lr in ("0.01", "1e+30"))
     first = folder / "cells" / good[0]
 
-    process = shell.start(command(env, folder, *fields, "--train.steps", "3000"), four)
+    process = shell.start(command(env, folder, *fields, "--train.steps", "3000"), two)
     shell.wait_for(lambda: shell.saved(first), process)
     process.send_signal(signal.SIGTERM)
     shown = shell.finish(process)
     assert (
-        "SIGTERM: saved; 0 of 8 cells are trained" in shown and "8 cells side by side on 4 devices" in shown
+        "SIGTERM: saved; 0 of 4 cells are trained" in shown and "4 cells side by side on 2 devices" in shown
     )
     line = next(line for line in shown.splitlines() if line.startswith("resume with: "))
     again = shlex.split(line.removeprefix("resume with: "))
     assert again[:2] == ["mdiff", "sweep"] and again[-2:] == ["--train.steps", "3000"]
-    stopped = states_of(folder)
-    assert [stopped[name] for name in good] == ["training", "training", "waiting", "waiting"]
-    assert [stopped[name] for name in bad] == ["failed", "failed", "waiting", "waiting"]
+    assert list(states_of(folder).values()) == ["training", "failed", "waiting", "waiting"]
     at = shell.saved(first)[-1]
 
-    process = shell.start(command(env, folder, *fields, "--train.steps", "3000"), four)
+    process = shell.start(command(env, folder, *fields, "--train.steps", "3000"), two)
     shell.wait_for(lambda: shell.saved(first)[-1] > at, process)
     time.sleep(random.random() / 4)
     process.kill()
     process.communicate()
-    steps = max(shell.saved(folder / "cells" / name)[-1] for name in good[:2]) + 4
+    steps = str(shell.saved(first)[-1] + 4)
 
-    shown = after_kill(shell.start(command(env, folder, *fields, "--train.steps", str(steps)), four), code=1)
-    assert {name: state for name, state in states_of(folder).items() if name in good} == dict.fromkeys(
-        good, "trained"
-    )
+    shown = after_kill(shell.start(command(env, folder, *fields, "--train.steps", steps), two), code=1)
+    assert [states_of(folder)[name] for name in good] == ["trained", "trained"]
     record = json.loads((folder / "sweep.json").read_text())["cells"]
     for name in bad:
         assert record[name]["state"] == "failed" and "at step 3: training diverged" in record[name]["reason"]
         assert f"failed: {name}: " in shown
         assert shell.saved(folder / "cells" / name) == []
-    check_equals_plain_runs(env, tmp_path / "plain", steps, [folder / "cells" / name for name in good])
+    check_equals_plain_runs(env, tmp_path / "plain", int(steps), [folder / "cells" / name for name in good])
 
     before = (folder / "sweep.json").read_bytes()
-    shown = shell.finish(
-        shell.start(command(env, folder, *fields, "--train.steps", str(steps)), four), code=1
-    )
+    shown = shell.finish(shell.start(command(env, folder, *fields, "--train.steps", steps), two), code=1)
     assert "compiled" not in shown and (folder / "sweep.json").read_bytes() == before
 
 
@@ -372,15 +365,29 @@ def test_one_after_another_marks_impossible_cells_and_measures_the_rest(env, tmp
     assert (folder / "cells/n=8/checkpoints/12").stat().st_mtime_ns == trained
 
 
+_SEVERAL = """
+import json, sys, sweep_helper
+from mdiff import cli
+sweep_helper.install()
+for arguments in json.loads(sys.argv[1]):
+    assert cli.main(arguments) == 2, arguments
+"""
+
+
 def test_nothing_is_written_when_no_cell_can_be(env, tmp_path):
-    for more, problem in (
-        (["--over", "data.n=99,98"], "data.n = 99"),
-        (["--over", "seed=0,1", "--side-by-side", "yes"], "--side-by-side yes: there is 1 device"),
-        (["--over", "loss.cutof=0,1"], "the nearest is --loss.cutoff"),
-        (["--over", "seed=0,x"], "'x' does not fit; give a whole number"),
-    ):
-        shown = shell.finish(shell.start(command(env, tmp_path / "s", *more), devices(env, 1)), code=2)
-        assert shown.count("\n") == 1 and problem in shown
+    wrong = {
+        "mdiff: data.n = 99": ["--over", "data.n=99,98"],
+        "mdiff: --side-by-side yes: there is 1 device": ["--over", "seed=0,1", "--side-by-side", "yes"],
+        "mdiff: --loss.cutof: unknown option; the nearest is --loss.cutoff": ["--over", "loss.cutof=0,1"],
+        "mdiff: --seed x: 'x' does not fit; give a whole number": ["--over", "seed=0,x"],
+        "mdiff: --over: is missing": [],
+    }
+    calls = [command(env, tmp_path / "s", *more)[3:] for more in wrong.values()]
+    shown = shell.finish(shell.start([sys.executable, "-c", _SEVERAL, json.dumps(calls)], devices(env, 1)))
+    lines = shown.splitlines()
+    assert len(lines) == len(wrong)
+    for line, problem in zip(lines, wrong, strict=True):
+        assert line.startswith(problem)
     assert not (tmp_path / "s").exists()
 
 

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import tyro
 
 from mdiff import config
-from mdiff.arguments import option, parse
 from mdiff.config import Config
 from mdiff.errors import UserError
 from mdiff.files import check_writable, write_json
@@ -56,10 +55,17 @@ class PlanArgs:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command."""
-    path = option(arguments, "config")
+    """The command, from its words."""
+    from mdiff import cli
+
+    path = cli.option(arguments, "config")
     default = Config() if path is None else config.load(path)
-    args = parse(PlanArgs, arguments, "mdiff plan", {"fields": default})
+    # The command line's own: what replaces its parser, as tests do, replaces it here.
+    return execute(cli.parse(PlanArgs, arguments, "mdiff plan", {"fields": default}))
+
+
+def execute(args: PlanArgs) -> int:
+    """The command: make, print and store a plan."""
     from mdiff.console import Monitor
     from mdiff.plan import show
 
@@ -132,7 +138,8 @@ def _earlier(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     old = {name: stored.get(name) for name in asked}
     if difference := first_difference(old, json.loads(json.dumps(asked))):
         raise UserError(f"--out {out}: holds another plan ({difference}); choose another file or delete it")
-    return stored  # type: ignore[no-any-return]
+    found: dict[str, Any] = stored
+    return found
 
 
 def make(plan: dict[str, Any], parts: Sequence[str], out: Path, say: Any) -> None:

@@ -99,7 +99,8 @@ def parse(text: str) -> Program:
     replicas = re.search(r"replica_count=(\d+)", header)
     devices = int(partitions[1]) if partitions else int(replicas[1]) if replicas else 1
     computations: dict[str, Computation] = {}
-    entry, name, lines = "", "", []
+    entry, name = "", ""
+    lines: list[Instruction] = []
     for raw in text.splitlines():
         line = _COMMENT.sub("", raw)
         if head := _HEAD.match(line):

@@ -70,10 +70,11 @@ def _memory(plan: dict[str, Any], found: dict[str, Any]) -> Iterator[Row]:
     estimate = found["estimate"]
     if "memory" in found:
         sizes = found["memory"]
+        held = sum(found["holds"].values())
         yield (
-            "padding and other",
-            size(sizes["arguments"] - sum(found["holds"].values())),
-            "arguments as laid out in memory",
+            "layout",
+            size(sizes["arguments"] - held),
+            "padding of the above, less what the program does not use",
         )
         yield "activations", size(sizes["temporaries"]), "all temporaries of the program"
         yield "outputs", size(sizes["outputs"] - sizes["aliased"]), "that do not take an argument's place"
@@ -99,11 +100,10 @@ def _work(_: dict[str, Any], found: dict[str, Any]) -> Iterator[Row]:
         note += ": chips repeat each other's work; try --mesh.fsdp 1"
     yield "operations", f"{number(counted['flops'])}FLOP", note
     extra = 1 - flops["model"] / flops["analytic"] if flops["analytic"] else 0.0
-    yield (
-        "of the model",
-        f"{number(flops['model'])}FLOP",
-        f"without recomputation, {extra:.0%} of the jaxpr's",
+    note = (
+        f"without the {extra:.0%} that are computed again" if extra > 0.005 else "nothing is computed again"
     )
+    yield "of the model", f"{number(flops['model'])}FLOP", note
     yield "memory traffic", size(counted["bytes"]), "read and written in main memory"
     if counted["unknown_loops"]:
         yield "loops of unknown length", str(counted["unknown_loops"]), "counted once"
