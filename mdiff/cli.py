@@ -298,9 +298,11 @@ def sweep(arguments: Sequence[str]) -> int:
 
 
 def plan(arguments: Sequence[str]) -> int:
+    path = option(arguments, "config")
+    default = config.Config() if path is None else config.load(path)
     from mdiff.plan import command
 
-    return command.run(arguments)
+    return command.execute(parse(command.PlanArgs, arguments, "mdiff plan", {"fields": default}))
 
 
 class Command(NamedTuple):

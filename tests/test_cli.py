@@ -14,6 +14,7 @@ from mdiff import cli, commands, config
 from mdiff.arguments import parse
 from mdiff.data import source
 from mdiff.data.split import save_subset
+from mdiff.plan import command as plan_command
 from mdiff.probes.records import Measure, ProbeResult
 from mdiff.probes.registry import PROBES
 from mdiff.recipes import experiment
@@ -214,7 +215,7 @@ def test_examples_of_the_usage_can_be_parsed(name):
     words = cli.COMMANDS[name].example.split()
     kind = {"eval": "EvalArgs", "judge": "JudgeExportArgs"}.get(name, f"{name.capitalize()}Args")
     parse(
-        getattr(commands, kind),
+        plan_command.PlanArgs if name == "plan" else getattr(commands, kind),
         words[name == "judge" :],
         f"mdiff {name}",
         flags=name not in ("train", "eval"),

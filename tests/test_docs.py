@@ -12,7 +12,6 @@ import pytest
 
 from mdiff import arguments, cli, config
 from mdiff.data import builders, source
-from mdiff.plan import command as plan_command
 from mdiff.probes import registry
 from mdiff.report import judge_command
 from mdiff.sample import steps
@@ -83,7 +82,7 @@ def test_commands_parse(page, monkeypatch):
         raise ParsedError
 
     monkeypatch.chdir(ROOT)
-    for module in (cli, judge_command, plan_command):
+    for module in (cli, judge_command):
         monkeypatch.setattr(module, "parse", parse_only)
     monkeypatch.setattr(
         "mdiff.train.workdir.read", lambda folder: type("Stored", (), {"config": config.Config()})

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UNET = config.Config(
     name="unet",
     data=config.Data(source="digits", size=8, n=20),
-    net=config.Net(channels=8, mults=(1, 2), blocks=1, attention=(4,), classes=3, condition_dropout=0.1),
+    net=config.Net(channels=8, mults=(1, 1), blocks=1, attention=(), classes=3, condition_dropout=0.1),
     train=config.Train(batch=8),
     sample=config.Sample(n=20, batch=8, steps=3, guidance=2.0),
 )
@@ -235,8 +235,10 @@ def measure(fsdp, remat):
     state, resident, rows = jax.tree.map(zeros, program.args)
     shards = [part for leaf in jax.tree.leaves((state, resident, rows)) for part in leaf.addressable_shards]
     found["held"] = sum(part.data.nbytes for part in shards if part.device == jax.devices()[0])
+    state, _ = compiled(state, resident, rows)  # now the state is the program's own, and is donated
     growth = []
     for _ in range(2):
+        jax.block_until_ready(state)
         open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
         before = status("VmRSS")
         state, _ = compiled(state, resident, rows)
@@ -277,12 +279,12 @@ def test_traffic_agrees_with_the_compiler(measured):
 
 
 def test_memory_agrees_with_measured_memory(measured):
-    """Arguments to the byte; temporaries within a quarter of how much the process grows."""
+    """Arguments to the byte; temporaries within 15 % of how much the process grows."""
     for case, found in measured.items():
         sizes = found["memory"]
         assert sizes["arguments"] == pytest.approx(found["held"], abs=1000), case  # an unused one is dropped
         assert sum(found["holds"].values()) + 4 == found["held"], case  # and the step's number
-        assert found["growth"] == pytest.approx(sizes["temporaries"], rel=0.25), case
+        assert found["growth"] == pytest.approx(sizes["temporaries"], rel=0.15), case
     whole, shared = measured[4, 1, "blocks"], measured[4, 4, "none"]
     assert shared["holds"]["optimizer"] < 0.7 * whole["holds"]["optimizer"]  # leaves of 4 MiB are shared by 4
 

@@ -30,6 +30,11 @@ def extrapolate(away: Prediction, towards: Prediction, weight: float | Array) ->
     return jax.tree.map(lambda a, b: a + weight * (b - a), away, towards)
 
 
+def _pairs(a: Array, b: Array) -> Array:
+    """[B,…] and [B,…] as [2B,…], alternating: each pair stays on the device that holds it."""
+    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
+
+
 def classifier_free(
     denoiser: Denoiser,
     null: Array | None,
@@ -67,11 +72,9 @@ def classifier_free(
     def guided(xt: Array, t: Array, cond: Array | None = None) -> Prediction:
         if cond is None:
             raise UserError(f"sample.guidance = {weight}: needs a condition for each image")
-        conds = jnp.concatenate([cond, jnp.broadcast_to(null, cond.shape)])
-        both = denoiser(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), conds)
-        given, dropped = (
-            Prediction(*half) for half in zip(*(jnp.split(part, 2) for part in both), strict=True)
-        )
+        conds = _pairs(cond, jnp.broadcast_to(null, cond.shape))
+        both = denoiser(_pairs(xt, xt), _pairs(t, t), conds)
+        given, dropped = (Prediction(*(part[side::2] for part in both)) for side in (0, 1))
         level = process.noise_level(t)
         weights = jnp.where((level > low) & (level <= high), weight, 1.0)
         return extrapolate(dropped, given, bcast(weights, xt))
