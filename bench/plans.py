@@ -32,7 +32,9 @@ PLANS: dict[str, list[str]] = {
         "--sweep.chunk", "2",
     ],
     "cifar10-ddpmpp_v5e-2x4": ["--config", "configs/cifar10_ddpmpp.py", "--topology", "v5e:2x4"],
-    "ffhq64-ncsnpp_v5e-8x8": ["--config", "configs/ffhq64_ncsnpp.py", "--topology", "v5e:8x8"],
+    "ffhq64-ncsnpp_v5e-8x8": [
+        "--config", "configs/ffhq64_ncsnpp.py", "--topology", "v5e:8x8", "--parts", "train",
+    ],
 }  # fmt: skip
 
 SLICES = {"v5e:2x4": 8, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}

@@ -6,8 +6,7 @@ import sys
 
 import flax.linen as nn
 
-from mdiff import cli, commands, config, job
-from mdiff.arguments import option, parse
+from mdiff import cli, config
 from mdiff.nets import denoiser, unet
 from mdiff.nets.layers import Conv
 
@@ -28,34 +27,6 @@ def install() -> None:
     unet.UNet = Small
     denoiser.unet.UNet = Small
 
-
-def sweep(arguments):
-    path = option(arguments, "config")
-    default = config.Config() if path is None else config.load(path)
-    args = parse(commands.SweepArgs, arguments, "mdiff sweep", {"fields": default})
-    from mdiff.recipes import cells
-    from mdiff.recipes import sweep as recipe
-
-    def value(field, words):
-        given = parse(commands.SweepValue, [f"--{field}", *words], "mdiff sweep", {"fields": args.fields})
-        return cells.get(given.fields, field)
-
-    axes = cells.parse_over(args.over, args.fields, value)
-    with job.join("sweep", args.processes, cli._settings(args), notices=True) as this:
-        made = this.prepare(
-            args.workdir, lambda: recipe.plan(args.fields, axes, args.workdir, args.side_by_side)
-        )
-        return recipe.run(
-            made,
-            this.monitor,
-            mode=args.side_by_side,
-            evaluate=args.eval,
-            again_failed=args.again_failed,
-            resume=job.resume_line("sweep", arguments),
-        )
-
-
-cli.COMMANDS["sweep"] = cli.Command(sweep, "", "")
 
 if __name__ == "__main__":
     install()

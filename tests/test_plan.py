@@ -201,6 +201,7 @@ def test_convolutions_without_their_padding(stride):
 
 def child(code: str, devices: int) -> dict:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed leaves the process at once
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -237,7 +238,7 @@ def measure(fsdp, remat):
     found["held"] = sum(part.data.nbytes for part in shards if part.device == jax.devices()[0])
     state, _ = compiled(state, resident, rows)  # now the state is the program's own, and is donated
     growth = []
-    for _ in range(2):
+    for _ in range(4):
         jax.block_until_ready(state)
         open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
         before = status("VmRSS")
@@ -279,14 +280,15 @@ def test_traffic_agrees_with_the_compiler(measured):
 
 
 def test_memory_agrees_with_measured_memory(measured):
-    """Arguments to the byte; temporaries within 15 % of how much the process grows."""
+    """Arguments to the byte; temporaries within 10 % of how much the process grows."""
     for case, found in measured.items():
         sizes = found["memory"]
         assert sizes["arguments"] == pytest.approx(found["held"], abs=1000), case  # an unused one is dropped
         assert sum(found["holds"].values()) + 4 == found["held"], case  # and the step's number
-        assert found["growth"] == pytest.approx(sizes["temporaries"], rel=0.15), case
+        assert found["growth"] == pytest.approx(sizes["temporaries"], rel=0.1), case
     whole, shared = measured[4, 1, "blocks"], measured[4, 4, "none"]
-    assert shared["holds"]["optimizer"] < 0.7 * whole["holds"]["optimizer"]  # leaves of 4 MiB are shared by 4
+    modulation = 4 * 6 * 192 * (6 * 192)  # the one leaf above 4 MiB is split in 4, in both of Adam's moments
+    assert whole["holds"]["optimizer"] - shared["holds"]["optimizer"] == 2 * modulation * 3 // 4
 
 
 def test_data_parallel_sends_the_gradient(measured):

@@ -52,7 +52,7 @@ def run(
         record.set(name, state="failed", reason=problem)
     for name in sweep.made:
         cell = record.cells[name]
-        if cell["state"] == "failed" and (again_failed or "step" not in cell):
+        if cell["state"] == "failed" and again_failed:
             record.set(name, state="waiting", reason=None)
         elif cell["state"] in ("trained", "measured") and not _is_trained(sweep, name):
             record.set(name, state="waiting")

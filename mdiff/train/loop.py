@@ -144,7 +144,7 @@ def train(
             monitor.say(f"train step compiled; {ledger.seconds['compile']:.0f} s in all")
 
         with Metrics(folder, begin) as metrics:
-            log = _Log(cfg, metrics, ledger, monitor)
+            log = Log(cfg, metrics, ledger, monitor)
             evaluated = set(processes.from_first(lambda: sorted(metrics.evaluated)))
 
             def measure(step: int) -> None:
@@ -205,7 +205,7 @@ def train(
     return Outcome(current, stopped)
 
 
-class _Log:
+class Log:
     """Collects metrics on the device and fetches them late: on log steps and before checkpoints."""
 
     def __init__(self, cfg: config.Config, metrics: Metrics, ledger: Ledger, monitor: Monitor) -> None:

@@ -66,7 +66,7 @@ class _Run:
         for kept in self.stores:
             kept.discard_after(begin)
         self.metrics = stack.enter_context(Metrics(folder, begin))
-        self.log = loop._Log(cfg, self.metrics, self.ledger, trial.monitor)
+        self.log = loop.Log(cfg, self.metrics, self.ledger, trial.monitor)
         self.evaluated = set(processes.from_first(lambda: sorted(self.metrics.evaluated)))
 
     def flush(self, step: int) -> None:

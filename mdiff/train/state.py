@@ -55,6 +55,19 @@ class TrainState:
         return cls(**dict(zip(names, children, strict=True)))
 
 
+def fresh_state(
+    model: Model, optimizer: optax.GradientTransformation, seed: int | Array, lengths: Sequence[float] = ()
+) -> TrainState:
+    """The state a run begins with; pure, and to be traced in a jit. Arguments as of `plan_state`."""
+    params = model.init(key(seed, "init"))
+
+    def copy() -> Params:  # donated separately, so nothing must alias
+        return jax.tree.map(jnp.copy, params)
+
+    profiles = {ema.name(length): copy() for length in lengths}
+    return TrainState(jnp.int32(0), params, copy(), optimizer.init(params), profiles)
+
+
 def plan_state(
     model: Model,
     optimizer: optax.GradientTransformation,
@@ -79,13 +92,7 @@ def plan_state(
     """
 
     def init() -> TrainState:
-        params = model.init(key(seed, "init"))
-
-        def copy() -> Params:  # donated separately, so nothing must alias
-            return jax.tree.map(jnp.copy, params)
-
-        profiles = {ema.name(length): copy() for length in lengths}
-        return TrainState(jnp.int32(0), params, copy(), optimizer.init(params), profiles)
+        return fresh_state(model, optimizer, seed, lengths)
 
     shapes = jax.eval_shape(init)
     out = meshes.shardings(shapes, mesh, min_bytes=shard_above)

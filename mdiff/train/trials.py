@@ -10,7 +10,6 @@ of several branches are traced with the scan-safe convolution (`net.scan_safe`),
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -187,10 +186,8 @@ class Program:
 
         def make(trial: Trial) -> Callable[[Array], Any]:
             def init(seed: Array) -> Any:
-                cfg, one = trial.cfg, mesh.make_mesh(config.Mesh(data=1), jax.local_devices()[:1])
-                optimizer = optim.make_optimizer(cfg.train)
-                jitted, _ = state.plan_state(trial.model, optimizer, seed, one, cfg.train.ema_lengths)  # type: ignore[arg-type]
-                return inspect.unwrap(jitted)()
+                cfg = trial.cfg.train
+                return state.fresh_state(trial.model, optim.make_optimizer(cfg), seed, cfg.ema_lengths)
 
             return init
 
