@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mdiff.plan import command
+from mdiff import cli
 
 CONFIG = """
 from mdiff.config import *
@@ -25,7 +25,7 @@ def plan(folder: Path, net: str, *more: str) -> dict:
     (folder / "tiny.py").write_text(CONFIG.format(net=net))
     out = folder / "plan.json"
     line = ["--config", str(folder / "tiny.py"), "--topology", "v5e:2x2", "--out", str(out), *more]
-    assert command.run(line) == 0
+    assert cli.plan(line) == 0
     return json.loads(out.read_text())
 
 

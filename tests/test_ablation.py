@@ -34,27 +34,24 @@ def one_device():
 class Case:
     model: Model
     params: object
-    xt: jax.Array
-    t: jax.Array
-    cond: jax.Array
+    xt: np.ndarray
+    t: np.ndarray
+    cond: np.ndarray
 
 
 def make_case() -> Case:
     net = config.Net(arch="dit", channels=16, blocks=2, head_channels=8, patch=4, classes=3)
     model = make_model(config.Config(data=config.Data(size=8), net=net), 1)
+    rng = np.random.default_rng(0)
 
-    @jax.jit
-    def make():
-        # Fresh blocks are the identity: give every weight a value.
-        params = jax.tree.map(
-            lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
-            model.init(jax.random.key(0)),
-        )
-        xt = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
-        cond = model.condition(params, {"label": jnp.array([0, 1])})
-        return params, xt, jnp.array([0.3, 0.7]), cond
+    def draw(scale, shape):
+        return scale * rng.standard_normal(shape, dtype=np.float32)
 
-    return Case(model, *make())
+    # Not those of `init`, whose fresh blocks are the identity.
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: draw(0.2, leaf.shape), shapes)
+    cond = draw(1.0, (2, net.channels))
+    return Case(model, params, draw(1.0, (2, 8, 8, 1)), np.array([0.3, 0.7], np.float32), cond)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +73,9 @@ def by_hand(case: Case, gates_of) -> np.ndarray:
 
 def test_trees_of_gates_equal_one_call_each(case):
     """Any ablation, not only of single neurons; five of them in chunks of two."""
-    key = jax.random.key(7)
-    trees = [
-        jax.tree.map(
-            lambda g, k=k: g * jax.random.bernoulli(jax.random.fold_in(key, k), 0.7, g.shape),
-            case.model.gates(),
-        )
-        for k in range(5)
-    ]
+    rng = np.random.default_rng(7)
+    gates = case.model.gates()
+    trees = [jax.tree.map(lambda g: np.float32(rng.random(g.shape) < 0.7), gates) for _ in range(5)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
     found = ablation.sweep(case.model, one_device(), chunk=2)(
         case.params, stacked, case.xt, case.t, case.cond

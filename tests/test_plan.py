@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from data_helpers import one_line
 
-from mdiff import config, flops
+from mdiff import cli, config, flops
 from mdiff.plan import advice, chips, command, count, hlo, programs, roofline, show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -428,7 +428,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     out, cfg = tmp_path / "plan.json", str(write_config(tmp_path))
     line = ["--config", cfg, "--topology", "cpu:2", "--out", str(out), "--parts"]
-    assert command.run([*line, "sweep"]) == 0
+    assert cli.plan([*line, "sweep"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100 and "peak" in shown and "collectives" in shown
     plan = json.loads(out.read_text())
@@ -438,12 +438,12 @@ def test_command(tmp_path, capsys, monkeypatch):
         [],
         ["__pycache__"],
     )
-    assert command.run([*line, "sweep"]) == 0 and "already in" in capsys.readouterr().err
+    assert cli.plan([*line, "sweep"]) == 0 and "already in" in capsys.readouterr().err
     assert json.loads(out.read_text()) == plan
     with one_line("train.lr was", "choose another file"):
-        command.run([*line, "sweep", "--train.lr", "0.5"])
+        cli.plan([*line, "sweep", "--train.lr", "0.5"])
     with one_line("train.batch = 9", "does not divide"):  # said by the child
-        command.run(
+        cli.plan(
             [
                 "--config",
                 cfg,
@@ -476,21 +476,21 @@ def test_bad_input(tmp_path, monkeypatch, extra, parts):
     if "--topology" not in extra:
         line += ["--topology", "cpu:1"]
     with one_line(*parts):
-        command.run([*line, *extra])
+        cli.plan([*line, *extra])
     assert not (tmp_path / "plans").exists()
 
 
 def test_without_libtpu(tmp_path, monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with one_line("pip install libtpu"):
-        command.run(["--config", str(write_config(tmp_path)), "--topology", "v5e:2x2"])
+        cli.plan(["--config", str(write_config(tmp_path)), "--topology", "v5e:2x2"])
 
 
 def test_a_file_that_is_no_plan(tmp_path):
     out = tmp_path / "x.json"
     out.write_text("[]")
     with one_line("is no plan"):
-        command.run(["--config", str(write_config(tmp_path)), "--topology", "cpu:1", "--out", str(out)])
+        cli.plan(["--config", str(write_config(tmp_path)), "--topology", "cpu:1", "--out", str(out)])
     assert out.read_text() == "[]"
 
 

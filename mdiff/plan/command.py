@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from jax.sharding import AbstractMesh
 
 from mdiff import config
 from mdiff.config import Config
@@ -28,6 +29,7 @@ from mdiff.errors import UserError
 from mdiff.files import check_writable, write_json
 from mdiff.plan import advice, chips, programs, roofline
 from mdiff.plan.chips import Topology
+from mdiff.train import mesh as meshes
 
 FORMAT = 1
 GREY = ("faces", "digits", "mnist5k")  # built-in sets with one channel
@@ -52,16 +54,6 @@ class PlanArgs:
     """Channels of the images; 0 is 1 for faces, digits and mnist5k, and 3 for everything else."""
     sweep: programs.Sweep = programs.Sweep()
     fields: Annotated[Config, tyro.conf.arg(name="")] = Config()
-
-
-def run(arguments: Sequence[str]) -> int:
-    """The command, from its words."""
-    from mdiff import cli
-
-    path = cli.option(arguments, "config")
-    default = Config() if path is None else config.load(path)
-    # The command line's own: what replaces its parser, as tests do, replaces it here.
-    return execute(cli.parse(PlanArgs, arguments, "mdiff plan", {"fields": default}))
 
 
 def execute(args: PlanArgs) -> int:
@@ -104,6 +96,9 @@ def start(args: PlanArgs) -> tuple[dict[str, Any], Path]:
     out = args.out or Path("plans") / name
     if out.suffix != ".json":
         raise UserError(f"--out {out}: is no .json file; give one")
+    on = AbstractMesh(meshes.mesh_shape(cfg.mesh, topology.devices), meshes.AXES)
+    if "train" in args.parts:
+        meshes.check_batch(cfg.train.batch, on, cfg.train.accumulate)
     check_writable(out.parent, "--out")
     return _earlier(out, asked) | asked, out
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
@@ -29,30 +29,40 @@ BATCH = P(("data", "fsdp"))
 DEFAULT_RULES: Rules = ((r"^(params|ema|profiles|opt_state)/", "fsdp"), (r".*", "replicate"))
 
 
-def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
-    """A mesh of all devices (or `devices`) with axes `data`, `fsdp`, `trial`.
+def mesh_shape(cfg: config.Mesh, devices: int) -> tuple[int, ...]:
+    """Sizes of the axes `data`, `fsdp`, `trial` on so many devices.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
     shape = [cfg.data, cfg.fsdp, cfg.trial]
     shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise UserError(f"{shown}: sizes are 1 or more, and at most one may be -1 (take what is left)")
     fixed = int(np.prod([size for size in shape if size != -1]))
-    if (-1 in shape and len(devices) % fixed) or (-1 not in shape and fixed != len(devices)):
-        raise UserError(f"{shown}: do not divide {len(devices)} devices; set mesh.data to -1 or to a divisor")
-    shape = [len(devices) // fixed if size == -1 else size for size in shape]
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if (-1 in shape and devices % fixed) or (-1 not in shape and fixed != devices):
+        fix = "mesh.fsdp and mesh.trial to divisors" if shape[0] == -1 else "mesh.data to -1"
+        raise UserError(f"{shown}: do not divide {devices} devices; set {fix}")
+    return tuple(devices // fixed if size == -1 else size for size in shape)
 
 
-def batch_devices(mesh: DeviceMesh) -> int:
+def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
+    """A mesh of all devices (or `devices`) with axes `data`, `fsdp`, `trial`.
+
+    Raises:
+      UserError: as `mesh_shape`.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(cfg, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_devices(mesh: DeviceMesh | AbstractMesh) -> int:
     """Over how many devices a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch: int, mesh: DeviceMesh, accumulate: int = 1) -> None:
+def check_batch(batch: int, mesh: DeviceMesh | AbstractMesh, accumulate: int = 1) -> None:
     """Raises UserError when `batch`, in `accumulate` parts, does not divide over the mesh."""
     ways = batch_devices(mesh) * accumulate
     if batch % ways:
