@@ -146,7 +146,7 @@ def test_four_devices_and_no_messages(case):
     assert devices == 4 and collectives == [] and mentions == 0
     sweep = ablation.sweep(case.model, one_device(), chunk=2, decode=ablation.one_off(case.model.gates()))
     alone = sweep(case.params, np.array(NUMBERS), case.xt, case.t, case.cond)
-    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(found, alone, rtol=2e-4, atol=1e-9)
 
 
 class Planted(nn.Module):

@@ -123,16 +123,10 @@ def _sample(cfg: config.Config, model: Model, devices: list[Any], _: Sweep) -> P
     ways = meshes.batch_devices(mesh)
     batch = cfg.sample.batch + -cfg.sample.batch % ways
     vectors = np.zeros((1, cfg.net.vector), np.float32) if cfg.net.vector else None
-    drawn = generate.make_generator(model, cfg.sample, vectors)
-    split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-
-    def run(params: Any, index: Any) -> Any:
-        return drawn(params, jax.lax.with_sharding_constraint(index, split))
-
-    jitted = jax.jit(run, out_shardings=whole)
+    jitted = generate.sample_program(model, cfg.sample, vectors, mesh)
     params = _params(model, mesh, cfg)
-    index = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
-    counted = flops.count(run, params, index, padding=False).total
+    index = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=meshes.replicated(mesh))
+    counted = flops.count(jitted, params, index, padding=False).total
     calls = -(-cfg.sample.n // cfg.sample.batch)
     return Program(
         jitted,

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def sample_program(
             denoiser = guidance.classifier_free(denoiser, null, cfg.guidance, model.process, *span)
         cond = conditions(model, params, index, vectors)
         every = keys(cfg.seed, "sample", index)
-        return sampler.sample(model.process, cfg, denoiser, every, model.shape, cond)
+        with nullcontext() if on is None else mesh.activations_on(on):
+            return sampler.sample(model.process, cfg, denoiser, every, model.shape, cond)
 
     return generate
 

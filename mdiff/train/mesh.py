@@ -7,10 +7,13 @@ device, several simulated ones and a pod run the same code.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
@@ -103,6 +106,25 @@ def shardings(
         raise ValueError(f"no sharding rule matches {name!r}")
 
     return map_named(choose, shapes)
+
+
+@contextmanager
+def activations_on(mesh: DeviceMesh) -> Iterator[None]:
+    """Networks called within, while a program is traced, keep every feature map [B,…] split over the batch axes.
+
+    Left to itself the compiler may split features instead where parameters are sharded, and then repeats work: DiT-XL
+    over fsdp = 8 alone took 1.7 times the operations (results/plans).
+    """
+
+    def keep(x: Any) -> Any:
+        return jax.lax.with_sharding_constraint(x, batch_sharding(mesh)) if jnp.ndim(x) >= 3 else x
+
+    def after(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = call(*args, **kwargs)
+        return jax.tree.map(keep, out) if context.method_name == "__call__" else out
+
+    with nn.intercept_methods(after) if batch_devices(mesh) > 1 else nullcontext():
+        yield
 
 
 def replicated(mesh: DeviceMesh) -> NamedSharding:

@@ -60,4 +60,9 @@ def train_program(cfg: config.Config, model: Model, objective: Objective, mesh: 
         unroll=on_cpu and not cfg.net.scan_safe,
     )
     out = (jax.tree.map(lambda leaf: leaf.sharding, abstract), None)
-    return TrainProgram(fresh, abstract, jax.jit(step, donate_argnums=0, out_shardings=out))
+
+    def sharded_step(*args: Any) -> Any:
+        with meshes.activations_on(mesh):
+            return step(*args)
+
+    return TrainProgram(fresh, abstract, jax.jit(sharded_step, donate_argnums=0, out_shardings=out))
