@@ -121,9 +121,9 @@ def tables() -> str:
     lines += [
         "",
         f"DiT-XL's training step over four slices, `mesh.fsdp {stored['mesh.fsdp']}`: {stored['images_per_chip']} images per "
-        f"chip (weak), {stored['batch']} images per step (strong). Least times as above.",
+        f"chip (weak), {stored['batch']} images per step (strong). Least times as above. {stored.get('note', '')}".rstrip(),
         "",
-        "| scaling | slice | batch | peak (GB) | compute | memory | links | bound by | images/s at most | per chip, of v5e:2x4's |",
+        "| scaling | slice | batch | peak (GB) | compute | memory | links | bound by | images/s at most | per chip, of the first |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in ("weak", "strong"):

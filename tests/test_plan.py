@@ -65,6 +65,9 @@ TEXT = """HloModule jit_f, is_scheduled=true, num_partitions=8, entry_computatio
   %f1 = f32[8,6]{1,0} fusion(%s), kind=kCustom, calls=%chained
   %f2 = f32[8,6]{1,0} fusion(%s), kind=kCustom, calls=%chained.2
   %f3 = f32[4,6]{1,0} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.3
+  %i.0 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %i.1 = s32[]{:T(128)} add(%i.0, %one)
   ROOT %t = (s32[]{:T(128)}, f32[4,6]{1,0:T(8,128)}) tuple(%i.1, %d)
 }
 
@@ -86,8 +89,9 @@ ENTRY %main.1 (q: f32[4,6]) -> f32[4,6] {
 def test_program_by_hand():
     program = hlo.parse(TEXT)
     assert program.entry == "main.1" and program.devices == 8
-    loop = program.computations["main.1"].by_name["loop"]
-    assert [leaf.dims for leaf in loop.shape] == [(), (4, 6)] and hlo.trips(program, loop) == 28
+    main = program.computations["main.1"]
+    loop = main.by_name["loop"]
+    assert [leaf.dims for leaf in loop.shape] == [(), (4, 6)] and hlo.trips(program, main, loop) == 28
     weight = program.computations["body.1"].by_name["w"].shape[0]
     assert weight.space == 1 and weight.bytes == 144
     found = count.count(program)
@@ -107,12 +111,10 @@ def test_program_by_hand():
 def test_traffic_by_hand():
     """Main memory only: the weight in space 1 is not read from it, a slice reads what it keeps."""
     found = count.count(hlo.parse(TEXT))
-    dot = 2 * 96
-    slice_, f1, f2 = 2 * 48, 48 + 192, 48 + 192
-    scatter = 192 + 96
-    entry = (96 + 20) * 2 + 96 + 96 + 20 + (96 * 2)  # all-reduce, start of the permute (in, out, old), copy
-    round_ = dot + slice_ + f1 + f2 + scatter
-    assert found.bytes - 28 * round_ == pytest.approx(entry, abs=200)
+    dot, counter = 2 * 96, 3 * 4
+    slice_, gathers, scatter = 2 * 48, 2 * (48 + 192), 192 + 96
+    reduce, start, copy = 2 * (96 + 20), 3 * 96, 2 * 96
+    assert found.bytes == 28 * (dot + counter + slice_ + gathers + scatter) + reduce + start + copy
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,52 @@ def test_traffic_by_hand():
 )
 def test_groups(attributes, size):
     assert hlo.group_size(attributes, 8) == size
+
+
+def rounds(text):
+    """How often the loop of an altered text runs."""
+    program = hlo.parse(text)
+    main = program.computations["main.1"]
+    return hlo.trips(program, main, main.by_name["loop"])
+
+
+FUSED = """
+%step (a.9: s32[], b.9: s32[]) -> s32[] {
+  %a.9 = s32[] parameter(0)
+  %b.9 = s32[] parameter(1)
+  ROOT %sum.9 = s32[] add(%a.9, %b.9)
+}
+
+%body.1 ("""
+
+
+def test_counters_start_and_step_as_the_program_says():
+    """Products that the compiler spreads over devices count by two: a body counted per unit would count twice."""
+    two = TEXT.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
+    assert rounds(two) == 14
+    assert rounds(TEXT.replace("%zero = s32[] constant(0)", "%zero = s32[] constant(5)")) == 23
+    assert rounds(two.replace("%zero = s32[] constant(0)", "%zero = s32[] constant(5)")) == 12  # 5, 7, …, 27
+    fused = TEXT.replace("\n%body.1 (", FUSED).replace(
+        "%i.1 = s32[]{:T(128)} add(%i.0, %one)",
+        "%i.1 = s32[]{:T(128)} fusion(%i.0, %one), kind=kLoop, calls=%step",
+    )
+    assert rounds(fused) == 28 and rounds(fused.replace("constant(1)", "constant(4)")) == 7
+    assert rounds(TEXT.replace("add(%i.0, %one)", "multiply(%i.0, %one)")) is None
+    assert rounds(TEXT.replace("add(%i.0, %one)", "subtract(%i.0, %one)")) is None
+
+
+def test_a_loop_by_twos_against_the_compiler():
+    """The same product four times, in two rounds."""
+
+    def looped(x, w):
+        def body(carry):
+            i, y = carry
+            return i + 2, (y @ w) @ w
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 4, body, (0, x))[1]
+
+    counted = count.count(hlo.parse(compiled(looped, (8, 16), (16, 16)).as_text()))
+    assert counted.flops == 4 * 2 * 8 * 16 * 16 and counted.unknown_loops == 0
 
 
 def test_loops_without_a_known_length_are_reported():

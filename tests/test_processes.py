@@ -128,7 +128,7 @@ def preempted(env, tmp_path_factory):
     said = end_job(started, base)
     assert said[1] == ""  # one process does the talking
     assert f"SIGTERM: saved step {saved(folder)[-1]} of 4000" in said[0]
-    assert "resume with: mdiff train" in said[0]
+    assert "resume with, each process with its own --processes.index: mdiff train" in said[0]
     return folder
 
 

@@ -63,7 +63,7 @@ class _Counter:
         for each in computation.instructions:
             if each.opcode == "while":
                 (body,) = each.called("body")
-                rounds = 1 if self._once else hlo.trips(self._program, each)
+                rounds = 1 if self._once else hlo.trips(self._program, computation, each)
                 self.unknown += rounds is None
                 self.visit(self._program.computations[body], times * (1 if rounds is None else rounds))
             elif each.opcode == "conditional":

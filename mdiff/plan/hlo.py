@@ -6,11 +6,13 @@ numbers are those of one device, since the text is its program.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import TypeAlias
 
 from mdiff.flops import pairs
 
@@ -165,45 +167,115 @@ def _top_level(text: str) -> Iterator[str]:
 # --------------------------------------------------------------------------- loops and computations
 
 
-def trips(program: Program, loop: Instruction) -> int | None:
-    """How often a `while` runs: as the compiler noted it, or from a condition "counter < constant"; else None.
+def trips(program: Program, where: Computation, loop: Instruction) -> int | None:
+    """How often the `while` in `where` runs: as the compiler noted it, or as its counter says; else None.
 
-    Counters start at 0 and rise by 1, as those of `lax.scan` do.
+    The counter's start, step and bound are read from the program. Not every loop counts by one: a product that is
+    spread over devices step by step does two steps per round. A start that cannot be read is taken to be 0, that
+    of `lax.scan`.
     """
     if noted := re.search(r"known_trip_count[\"']?\s*[:=]\s*\{\s*\"?n\"?\s*[:=]\s*\"?(\d+)", loop.attributes):
         return int(noted[1])
-    (condition,) = loop.called("condition")
-    return _bound(program, program.computations[condition], {})
+    condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
+    given = where.by_name.get(loop.operands[0])
+    starts = given.operands if given is not None and given.opcode == "tuple" else ()
+
+    def start(place: int) -> int | None:
+        form = _form(program, where, starts[place], {}) if place < len(starts) else None
+        return form[1] if form is not None and form[0] is None else None
+
+    kept = {
+        place: value
+        for place, name in enumerate(body.root.operands)
+        if _form(program, body, name, {}) == (place, 0) and (value := start(place)) is not None
+    }
+    bound = _bound(program, condition, kept)
+    if bound is None or bound[0] >= len(body.root.operands):
+        return None
+    counter, last = bound
+    after = _form(program, body, body.root.operands[counter], kept)
+    if after is None or after[0] != counter or after[1] < 1:
+        return None
+    return max(0, -(-(last - (start(counter) or 0)) // after[1]))
 
 
-def _bound(program: Program, condition: Computation, given: Mapping[int, int]) -> int | None:
-    """N of a condition whose root is "counter < N"; `given` are parameters known to be constants."""
+Form: TypeAlias = tuple[int | None, int]
+"""A whole number of a loop: (element of the loop's tuple it starts from, or None, and what is added to it)."""
 
-    def value(name: str) -> int | None:
-        found = condition.by_name.get(name)
-        if found is None:
-            return None
-        if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.attributes.strip()):
-            return int(found.attributes)
-        if found.opcode in ("copy", "bitcast", "convert"):
-            return value(found.operands[0])
-        if found.opcode == "parameter":
-            return given.get(int(found.operands[0]))
+
+def _form(
+    program: Program,
+    computation: Computation,
+    name: str,
+    kept: Mapping[int, int],
+    given: Sequence[Callable[[], Form | None]] = (),
+    element: int | None = None,
+) -> Form | None:
+    """The form of the value `name`, or of one element of it; None if it is none.
+
+    `kept` are elements of the loop's tuple that never change; `given` tell the forms of a fused group's parameters.
+    """
+    each = computation.by_name.get(name)
+    if each is None or (element is None and not any(_whole(leaf) for leaf in each.shape)):
         return None
 
+    def of(other: str, part: int | None = None) -> Form | None:
+        return _form(program, computation, other, kept, given, part)
+
+    if each.opcode == "constant":
+        return (None, int(each.attributes)) if re.fullmatch(r"-?\d+", each.attributes.strip()) else None
+    if each.opcode == "parameter":
+        if given:
+            return given[int(each.operands[0])]()
+        return None if element is None else (None, kept[element]) if element in kept else (element, 0)
+    if each.opcode == "get-tuple-element":
+        place = re.search(r"index=(\d+)", each.attributes)
+        return of(each.operands[0], int(place[1])) if place else None
+    if each.opcode == "tuple":
+        return None if element is None else of(each.operands[element])
+    if each.opcode in ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "broadcast"):
+        return of(each.operands[0])
+    if each.opcode == "fusion":
+        inner = program.computations[each.called("calls")[0]]
+        known = [functools.partial(of, operand) for operand in each.operands]
+        return _form(program, inner, inner.root.name, kept, known, element)
+    if each.opcode in ("add", "subtract"):
+        left, right = (of(operand) for operand in each.operands)
+        if left is None or right is None or (left[0] is not None and right[0] is not None):
+            return None
+        if each.opcode == "add":
+            return (right[0] if left[0] is None else left[0], left[1] + right[1])
+        return None if right[0] is not None else (left[0], left[1] - right[1])
+    return None
+
+
+def _whole(leaf: Leaf) -> bool:
+    """Is it one whole number?"""
+    return leaf.dims in ((), (1,)) and leaf.dtype in ("s32", "u32", "s64", "u64")
+
+
+def _bound(
+    program: Program,
+    condition: Computation,
+    kept: Mapping[int, int],
+    given: Sequence[Callable[[], Form | None]] = (),
+) -> tuple[int, int] | None:
+    """(element, N) of a condition "element < N"."""
     root = condition.root
     if root.opcode == "fusion":
         inner = program.computations[root.called("calls")[0]]
-        known = {place: value(name) for place, name in enumerate(root.operands)}
-        return _bound(program, inner, {place: n for place, n in known.items() if n is not None})
+        known = [functools.partial(_form, program, condition, name, kept) for name in root.operands]
+        return _bound(program, inner, kept, known)
     if root.opcode != "compare":
         return None
-    left, right = (value(name) for name in root.operands)
-    if "direction=LT" in root.attributes and right is not None:
-        return right
-    if "direction=GT" in root.attributes and left is not None:
-        return left
-    return None
+    left, right = (_form(program, condition, name, kept, given) for name in root.operands)
+    if "direction=GT" in root.attributes:
+        left, right = right, left
+    elif "direction=LT" not in root.attributes:
+        return None
+    if left is None or right is None or left[0] is None or right[0] is not None:
+        return None
+    return left[0], right[1] - left[1]
 
 
 # ------------------------------------------------------------------------------------- one instruction

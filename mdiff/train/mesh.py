@@ -112,8 +112,8 @@ def shardings(
 def activations_on(mesh: DeviceMesh) -> Iterator[None]:
     """Networks called within, while a program is traced, keep every feature map [B,…] split over the batch axes.
 
-    Left to itself the compiler may split features instead where parameters are sharded, and then repeats work: DiT-XL
-    over fsdp = 8 alone took 1.7 times the operations (results/plans).
+    Left to itself the compiler may split features instead where parameters are sharded, and then passes feature maps
+    around: sampling DiT-XL over fsdp = 16 on 256 chips, each sent 217 GB per batch instead of 29 GB (`mdiff plan`).
     """
 
     def keep(x: Any) -> Any:
