@@ -5,10 +5,18 @@
 #   launch/resumable.sh mdiff train --config configs/faces.py --workdir gs://BUCKET/run
 set -u
 
-asked=""
-trap 'asked=yes; kill -TERM "$child"' TERM
+asked="" passed="" child=""
+pass_on() { # once: a second SIGTERM would end the command without a save
+  asked=yes
+  if [[ -n $child && -z $passed ]]; then
+    passed=yes
+    kill -TERM "$child"
+  fi
+}
+trap pass_on TERM
 "$@" &
 child=$!
+[[ -z $asked ]] || pass_on # asked before there was a child
 while :; do
   wait "$child" # is also over when the trap has run
   code=$?
