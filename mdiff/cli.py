@@ -9,18 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mdiff import commands, config, job
 from mdiff.arguments import option, parse
 from mdiff.errors import UserError
 from mdiff.files import absolute, check_writable, locate, strict, write_json
 
+T = TypeVar("T")
+
 
 def train(arguments: Sequence[str]) -> int:
-    path = option(arguments, "config")
-    default = config.Config() if path is None else config.load(path)
-    args = parse(commands.TrainArgs, arguments, "mdiff train", {"fields": default})
+    args = _parse_over_config(commands.TrainArgs, arguments, "train")
     from mdiff.recipes import experiment
 
     with job.join("train", args.processes, _settings(args), notices=True) as this:
@@ -151,6 +151,13 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _parse_over_config(cls: type[T], arguments: Sequence[str], name: str) -> T:
+    """The arguments of command `name`, whose `fields` begin as those of the file after --config."""
+    path = option(arguments, "config")
+    default = config.Config() if path is None else config.load(path)
+    return parse(cls, arguments, f"mdiff {name}", {"fields": default})
+
+
 def _settings(args: Any) -> dict[str, Any]:
     """What all processes of a job must have been started with: everything but which process it is."""
     return {name: tree for name, tree in config.to_json(args).items() if name not in ("config", "processes")}
@@ -272,9 +279,7 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    path = option(arguments, "config")
-    default = config.Config() if path is None else config.load(path)
-    args = parse(commands.SweepArgs, arguments, "mdiff sweep", {"fields": default})
+    args = _parse_over_config(commands.SweepArgs, arguments, "sweep")
     from mdiff.recipes import cells
     from mdiff.recipes import sweep as recipe
 
@@ -298,11 +303,9 @@ def sweep(arguments: Sequence[str]) -> int:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    path = option(arguments, "config")
-    default = config.Config() if path is None else config.load(path)
     from mdiff.plan import command
 
-    return command.execute(parse(command.PlanArgs, arguments, "mdiff plan", {"fields": default}))
+    return command.execute(_parse_over_config(command.PlanArgs, arguments, "plan"))
 
 
 class Command(NamedTuple):

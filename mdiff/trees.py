@@ -35,3 +35,8 @@ def mask(tree: Any, pattern: str) -> Any:
 def size(tree: Any) -> int:
     """Total number of elements (also of a tree of `ShapeDtypeStruct`)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """Total bytes of its arrays (also of a tree of `ShapeDtypeStruct`)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child_env import child_env
 
 from mdiff import config, processes
 from mdiff.errors import UserError
@@ -30,16 +30,7 @@ SHARDED = ("--mesh.fsdp", "2", "--mesh.shard-above", "0")
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
-    shared = tmp_path_factory.mktemp("shared")
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "MDIFF_DATA_DIR": str(shared / "data"),
-        "COLUMNS": "160",
-    }
+    return child_env(tmp_path_factory.mktemp("shared"))
 
 
 def free_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shlex
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child_env import child_env
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split(
@@ -28,16 +28,7 @@ TINY = shlex.split(
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
     """Compiled programs are shared between the processes of this file."""
-    shared = tmp_path_factory.mktemp("shared")
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "MDIFF_DATA_DIR": str(shared / "data"),
-        "COLUMNS": "160",
-    }
+    return child_env(tmp_path_factory.mktemp("shared"))
 
 
 def command(*arguments: str) -> list[str]:

@@ -6,7 +6,6 @@ The truth for a cell is a plain run of its config, on one device, in its own pro
 from __future__ import annotations
 
 import json
-import os
 import random
 import shlex
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_resume as shell
+from child_env import child_env
 
 from mdiff import config
 from mdiff.errors import UserError
@@ -210,14 +210,8 @@ def env(tmp_path_factory):
     shared = tmp_path_factory.mktemp("shared")
     (shared / "small.py").write_text(CONFIG)
     return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "MDIFF_DATA_DIR": str(shared / "data"),
+        **child_env(shared),
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",  # compile faster
-        "COLUMNS": "160",
         "CONFIG": str(shared / "small.py"),
     }
 

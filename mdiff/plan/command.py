@@ -25,10 +25,12 @@ from jax.sharding import AbstractMesh
 
 from mdiff import config
 from mdiff.config import Config
+from mdiff.data import augment
 from mdiff.errors import UserError
 from mdiff.files import check_writable, write_json
 from mdiff.plan import advice, chips, programs, roofline
 from mdiff.plan.chips import Topology
+from mdiff.recipes import runs
 from mdiff.train import mesh as meshes
 
 FORMAT = 1
@@ -81,7 +83,8 @@ def start(args: PlanArgs) -> tuple[dict[str, Any], Path]:
             raise UserError(f"--parts {part}: unknown; there are {', '.join(programs.PARTS)}")
     if not 0 <= args.channels <= 64:
         raise UserError(f"--channels {args.channels}: give 1 to 64, or 0 to take the source's")
-    check_fields(cfg)
+    runs.check_fields(cfg)
+    augment.check(cfg.data)
     if topology.chip is not None and importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology {topology.name}: needs the TPU compiler; pip install libtpu")
     asked = {
@@ -101,23 +104,6 @@ def start(args: PlanArgs) -> tuple[dict[str, Any], Path]:
         meshes.check_batch(cfg.train.batch, on, cfg.train.accumulate)
     check_writable(out.parent, "--out")
     return _earlier(out, asked) | asked, out
-
-
-def check_fields(cfg: Config) -> None:
-    """Raises UserError for the first field that is out of range; data are not looked at."""
-    from mdiff.data import augment
-    from mdiff.objectives import ambient
-    from mdiff.process import laws
-    from mdiff.sample import guidance, sampler
-    from mdiff.train import state
-
-    config.check_values(cfg)
-    laws.check(cfg.process)
-    ambient.check(cfg.loss, cfg.process)
-    state.check(cfg.train)
-    sampler.check(cfg.sample)
-    guidance.check(cfg.sample, cfg.net)
-    augment.check(cfg.data)
 
 
 def _earlier(out: Path, asked: dict[str, Any]) -> dict[str, Any]:

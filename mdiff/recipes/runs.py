@@ -30,6 +30,16 @@ class Experiment:
     model: Model
 
 
+def check_fields(cfg: config.Config) -> None:
+    """Raises UserError for the first field of training or sampling that is out of range; data are not looked at."""
+    config.check_values(cfg)
+    laws.check(cfg.process)
+    ambient.check(cfg.loss, cfg.process)
+    state.check(cfg.train)
+    sampler.check(cfg.sample)
+    guidance.check(cfg.sample, cfg.net)
+
+
 def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     """Load the data and build the model; the place where a config's mistakes surface.
 
@@ -40,12 +50,7 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     Raises:
       UserError: the first field that is out of range or does not fit the data or the record.
     """
-    config.check_values(cfg)
-    laws.check(cfg.process)
-    ambient.check(cfg.loss, cfg.process)
-    state.check(cfg.train)
-    sampler.check(cfg.sample)
-    guidance.check(cfg.sample, cfg.net)
+    check_fields(cfg)
     spaces.check(cfg.audit)
     mesh.make_mesh(cfg.mesh)
     images = source.load(cfg.data.source, cfg.data.size, split=cfg.data.split, reading=cfg.data.reading)

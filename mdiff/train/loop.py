@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
 from mdiff.train.preemption import stop_on_signal
 from mdiff.train.program import train_program
-from mdiff.trees import size
+from mdiff.trees import nbytes, size
 from mdiff.types import Array, Evaluator, Objective, Params
 
 
@@ -102,10 +102,10 @@ def train(
     device_mesh = processes.together(lambda: mesh.make_mesh(cfg.mesh))
     program = processes.together(lambda: train_program(cfg, model, objective, device_mesh))
     abstract, every = program.abstract, cfg.train.ema_every
-    snapshot_bytes = _bytes(abstract.profiles) * (cfg.train.steps // every) if every else 0
+    snapshot_bytes = nbytes(abstract.profiles) * (cfg.train.steps // every) if every else 0
     resuming, averaged = processes.from_first(
         lambda: [
-            workdir.check(folder, cfg, _bytes(abstract), snapshot_bytes),
+            workdir.check(folder, cfg, nbytes(abstract), snapshot_bytes),
             bool(every) or snapshots.stored(folder),
         ]
     )
@@ -257,7 +257,3 @@ def _with_params(fresh: state.TrainState, params: Params) -> state.TrainState:
         ema=jax.tree.map(place, fresh.ema, params),
         profiles={name: jax.tree.map(place, old, params) for name, old in fresh.profiles.items()},
     )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -24,7 +24,7 @@ from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
 from mdiff.train.preemption import StopRequest, stop_on_signal
 from mdiff.train.trials import Program, Trial
-from mdiff.trees import size
+from mdiff.trees import nbytes, size
 
 
 def to_host(tree: Any) -> Any:
@@ -43,9 +43,8 @@ class _Run:
 
     def __init__(self, trial: Trial, abstract: Any, begin: int, stack: ExitStack) -> None:
         cfg, folder, every = trial.cfg, trial.folder, trial.cfg.train.ema_every
-        nbytes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
         resuming, averaged = processes.from_first(
-            lambda: [workdir.check(folder, cfg, sum(nbytes)), bool(every) or snapshots.stored(folder)]
+            lambda: [workdir.check(folder, cfg, nbytes(abstract)), bool(every) or snapshots.stored(folder)]
         )
         self.trial, self.every = trial, every
         self.failure: loop.Diverged | None = None

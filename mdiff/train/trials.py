@@ -31,6 +31,7 @@ from mdiff.nets.denoiser import Model
 from mdiff.nets.unet import UNet
 from mdiff.train import loop, mesh, optim, state
 from mdiff.train.program import make_batch_fn
+from mdiff.trees import nbytes
 from mdiff.types import Array, Evaluator, Objective
 
 DEVICE_BYTES = 2 << 30
@@ -106,7 +107,7 @@ def _abstract(trial: Trial, devices: jax.sharding.Mesh) -> Any:
 def state_bytes(trial: Trial) -> int:
     """Size of the state of a trial."""
     one = mesh.make_mesh(config.Mesh(data=1), jax.local_devices()[:1])
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract(trial, one)))
+    return nbytes(_abstract(trial, one))
 
 
 def device_bytes() -> int:
