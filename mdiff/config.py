@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import pydantic
+from typing import Literal
 
 from mdiff.errors import UserError
+from mdiff.fields import check_values as check_values
+from mdiff.fields import from_json as from_json
+from mdiff.fields import to_json as to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,10 @@ class Data:
     """Planted mirror images: training image id -> how many mirrored copies are added."""
     planted_crops: dict[int, int] = field(default_factory=dict)
     """Planted small crops: training image id -> how many differently cropped copies are added."""
+    degrade: Literal["none", "mask", "blocks", "blur"] = "none"
+    """Damage to every training image, fixed for good: pixels or 4x4 blocks hidden, or blur (arXiv 2305.19256)."""
+    degrade_by: float = 0.0
+    """Share of the pixels or blocks hidden; of blur the standard deviation in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +132,47 @@ class Loss:
     """With level_weight min_snr: the largest weight (gamma)."""
     cutoff: float = 0.0
     """Noise level at and above which only the fixed noisy copies are trained on; 0 is plain training."""
+    cutoff_of: dict[int, float] = field(default_factory=dict)
+    """Images with a cutoff of their own: training image id -> noise level; 0 for a clean one."""
+    cutoff_stages: dict[int, float] = field(default_factory=dict)
+    """A schedule in place of one cutoff: first step -> cutoff from there on; what leaks is that of the lowest."""
+    clean: Literal["below", "never", "always"] = "below"
+    """Where an image is seen clean: below its cutoff, never (noisy data only), or at all levels (a control for share)."""
+    clean_share: float = 0.0
+    """Share of the training images, drawn by data.seed, that have no cutoff: a mixture of clean and noisy images."""
     weight: Literal["edm", "x0", "inverse_variance"] = "edm"
     """Weight above the cutoff: `level_weight` in noisy space, in clean space, or with inverse variance."""
     max_gain: float = 4.0
-    """With weight x0: draws whose 1/a exceeds this are set to weight 0 (the buffer above the cutoff)."""
+    """With weight x0 or buffer redraw: levels above the cutoff whose 1/a exceeds this are not trained on (the buffer)."""
+    buffer: Literal["drop", "redraw"] = "drop"
+    """Draws in the buffer get weight 0, or are drawn again elsewhere (with any weight)."""
+    consistency: float = 0.0
+    """Weight of the consistency loss, which teaches noise levels below the cutoff without clean images; 0 is off."""
+    consistency_steps: int = 4
+    """Steps of the sampler that the consistency loss runs from level to level."""
+    further: float = 0.1
+    """With data.degrade: how much is hidden on top, so that the network cannot tell what to guess."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """All cutoffs above 0, rising."""
+        each = self.cutoff_stages.values() or (self.cutoff, *self.cutoff_of.values())
+        return tuple(sorted({level for level in each if level > 0}))
+
+    @property
+    def ambient(self) -> bool:
+        """Does any image have a cutoff at any time?"""
+        return bool(self.levels)
+
+    @property
+    def copies(self) -> bool:
+        """Are noisy copies trained on?"""
+        return self.ambient and self.clean != "always"
+
+    @property
+    def ladder(self) -> tuple[float, ...]:
+        """The levels between which the copies of one image move during training; none if they do not."""
+        return self.levels if self.cutoff_stages else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +221,10 @@ class Train:
     """Steps between measurements of memorization; 0 measures only at the end."""
     eval_samples: int = 64
     """Generations per measurement while training."""
+    eval_levels: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+    """Noise levels at which held-out and training error are compared while training; none measures none."""
+    stop_when: dict[str, float] = field(default_factory=dict)
+    """Early stopping: measure -> limit, such as memorized 0.1; ends with the last state measured within all limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +269,8 @@ class Sample:
     """Spacing of the noise levels: Karras (rho), uniform in t, or uniform in log SNR."""
     steps: int = 18
     """Steps of the grid."""
+    until: float | None = None
+    """Noise level at which sampling ends with the denoiser's estimate; None: where training knew nothing lower, or 0."""
     churn: float = 0.0
     """Heun: S_churn; 0 is deterministic."""
     churn_min: float = 0.0
@@ -297,56 +344,8 @@ class Config:
 DIGESTED = ("seed", "data", "process", "net", "loss")
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """A config (or any dataclass of plain values) as JSON-ready dicts and lists."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json", fallback=str, warnings=False)
-
-
-def from_json(cls: type, tree: dict[str, Any], where: str = "config") -> Any:
-    """The inverse of `to_json`.
-
-    Raises:
-      UserError: a field is unknown or of the wrong type; the message names the first one.
-    """
-    _forbid_unknown(cls, tree, where)
-    try:
-        return pydantic.TypeAdapter(cls).validate_python(tree)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {name} = {first['input']!r}: {first['msg']}") from None
-
-
-def _forbid_unknown(cls: type, tree: dict[str, Any], where: str) -> None:
-    known = {f.name: f for f in fields(cls)}
-    for name, value in tree.items():
-        if name not in known:
-            raise UserError(
-                f"{where}: unknown field {name!r}; this version of mdiff knows {', '.join(known)}"
-            )
-        default = known[name].default
-        if hasattr(default, "__dataclass_fields__") and isinstance(value, dict):
-            _forbid_unknown(type(default), value, f"{where}.{name}")
-
-
-def check_values(tree: Any, name: str = "") -> None:
-    """What holds for every field of a config, or of a part called `name`: numbers are finite, seeds 32 bits wide.
-
-    Raises:
-      UserError: the first field that is not.
-    """
-    for part in fields(tree):
-        value, full = getattr(tree, part.name), f"{name}.{part.name}" if name else part.name
-        if hasattr(value, "__dataclass_fields__"):
-            check_values(value, full)
-        elif part.name == "seed" and not 0 <= value < 2**32:
-            raise UserError(f"{full} = {value}: give a seed from 0 to {2**32 - 1}")
-        elif any(isinstance(each, float) and not math.isfinite(each) for each in (value, *_items(value))):
-            raise UserError(f"{full} = {value}: give a finite number")
-
-
-def _items(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else ()
+NOISE = "of pixels"
+"""Whose the fixed noise is. Up to mdiff 0.3 it belonged to ids; going on with other noise would be a second draw."""
 
 
 def digest(config: Config) -> str:

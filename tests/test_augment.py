@@ -26,13 +26,18 @@ IDS = np.arange(100, 140, dtype=np.int32)
 @pytest.fixture(scope="module")
 def batch_of():
     @functools.partial(jax.jit, static_argnames="cfg")
-    def compute(x, ids, index, key, cfg):
-        return stream.finish(stream.gather({"x": x, "id": ids}, {"index": index}), key, cfg.value)
+    def compute(x, ids, noise, index, key, cfg):
+        resident, rows = {"x": x, "id": ids}, {"index": index}
+        if cfg.value.loss.cutoff:
+            resident["noise"] = noise
+            rows["cutoff"] = jnp.full(len(index), cfg.value.loss.cutoff)
+        return stream.finish(stream.gather(resident, rows), key, cfg.value)
 
     def make(index, key=None, *, x=X, ids=IDS, cutoff=SIGMA, noise_seed=1, **data):
         key = jax.random.key(0) if key is None else key
         cfg = Config(seed=noise_seed, data=Data(**data), loss=Loss(cutoff=cutoff))
-        out = compute(jnp.asarray(x), jnp.asarray(ids), jnp.asarray(index, np.int32), key, Static(cfg))
+        noise = jnp.asarray(degrade.noise_keys(x))
+        out = compute(jnp.asarray(x), jnp.asarray(ids), noise, jnp.asarray(index, np.int32), key, Static(cfg))
         return {name: np.asarray(value) for name, value in out.items()}
 
     return make
@@ -83,9 +88,9 @@ def test_copy_is_fixed_per_image(batch_of):
         np.testing.assert_array_equal(batch_of(index)["y"], whole[index])
         shares = np.concatenate([batch_of(index[:1])["y"], batch_of(index[1:])["y"]])
         np.testing.assert_array_equal(shares, whole[index])
-    # The id decides, not the place in the training set.
+    # The pixels decide, neither the place in the training set nor the id.
     order = rng.permutation(40)
-    np.testing.assert_array_equal(batch_of(np.arange(40), x=X[order], ids=IDS[order])["y"], whole[order])
+    np.testing.assert_array_equal(batch_of(np.arange(40), x=X[order])["y"], whole[order])
     other = batch_of(np.arange(40), noise_seed=2)["y"]
     assert (other != whole).mean() > 0.99
 
@@ -94,35 +99,69 @@ def test_copy_is_fixed_across_processes():
     code = (
         "import jax, numpy as np, jax.numpy as jnp, hashlib\n"
         "from mdiff.data.degrade import noisy_copy\n"
-        "y = noisy_copy(jnp.zeros((3, 4, 4, 1)), jnp.array([9, 2, 5]), 1.0, 7)\n"
+        "noise = jnp.array([[9, 1, 0], [2, 4, 0], [5, 3, 1]], jnp.uint32)\n"
+        "y = noisy_copy(jnp.zeros((3, 4, 4, 1)), noise, 1.0, 7)\n"
         "print(np.asarray(y).tobytes().hex())\n"
     )
     status, out, err = python(code, env={"PYTHONHASHSEED": "12345"})
     assert status == 0, err
-    here = degrade.noisy_copy(jnp.zeros((2, 4, 4, 1)), jnp.array([5, 9]), 1.0, 7)
+    noise = jnp.array([[5, 3, 1], [9, 1, 0]], jnp.uint32)
+    here = degrade.noisy_copy(jnp.zeros((2, 4, 4, 1)), noise, 1.0, 7)
     there = np.frombuffer(bytes.fromhex(out.strip()), np.float32).reshape(3, 4, 4, 1)
     np.testing.assert_array_equal(there[[2, 0]], here)
 
 
 def test_noise_is_unit_gaussian_and_independent():
-    ids = jnp.arange(400)
-    noise = np.asarray(degrade.noisy_copy(jnp.zeros((400, 8, 8, 1)), ids, SIGMA, 0)).reshape(400, -1)
+    images = noise_images(400, 8, 8, 1)
+    noise_of = degrade.noise_keys(images)
+    noise = np.asarray(degrade.noisy_copy(jnp.zeros((400, 8, 8, 1)), noise_of, SIGMA, 0)).reshape(400, -1)
     assert stats.kstest(noise.ravel() / SIGMA, "norm").pvalue > 1e-3
     correlation = np.corrcoef(noise)[np.triu_indices(400, 1)]
     # 79,800 correlations of 64 independent normals: standard deviation 1/8, and none near 1.
     assert abs(correlation.std() * 8 - 1) < 0.05
     assert np.abs(correlation).max() < 0.75
-    own = SIGMA * jax.random.normal(keys.key(0, "degradation", 5), (8, 8, 1)).reshape(-1)
-    np.testing.assert_allclose(noise[5], own, atol=1e-6)
-    # Its own stream: not the numbers another use draws from the same seed and id.
+    # Its own stream: not the numbers another use draws from the same seed.
     other = jax.random.normal(keys.key(0, "train", 5), (8, 8, 1)).reshape(-1)
-    assert abs(np.corrcoef(noise[5], other)[0, 1]) < 0.5
-    # Planted copies have negative ids, and noise of their own.
-    planted = np.asarray(degrade.noisy_copy(jnp.zeros((400, 8, 8, 1)), -1 - ids, SIGMA, 0)).reshape(400, -1)
-    assert np.abs(np.corrcoef(noise, planted)[:400, 400:]).max() < 0.75
+    assert np.abs(np.corrcoef(noise, other[None])[-1, :-1]).max() < 0.75
     x = jnp.full((2, 8, 8, 1), 0.25)
-    shifted = degrade.noisy_copy(x, jnp.array([3, 3]), SIGMA, 0)
+    shifted = degrade.noisy_copy(x, noise_of[[3, 3]], SIGMA, 0)
     np.testing.assert_allclose(np.asarray(shifted).reshape(2, -1), noise[[3, 3]] + 0.25, atol=1e-6)
+
+
+def test_the_noise_belongs_to_the_picture():
+    """The same pixels under two ids are one image with one copy; its mirror image has the mirrored copy."""
+    x = noise_images(3, 6, 6, 3)
+    x[2] = x[2, :, [0, 1, 2, 2, 1, 0]].transpose(1, 0, 2)  # its own mirror image
+    twice = np.concatenate([x, x[:1], x[:1, :, ::-1], x[1:2, :, ::-1]])
+    assert (x[2] == x[2, :, ::-1]).all()
+    floats = jnp.asarray(twice / 127.5 - 1, jnp.float32)
+    y = np.asarray(degrade.noisy_copy(floats, degrade.noise_keys(twice), SIGMA, 3))
+    np.testing.assert_array_equal(y[3], y[0])
+    np.testing.assert_allclose(y[4], y[0][:, ::-1], atol=1e-6)
+    np.testing.assert_allclose(y[5], y[1][:, ::-1], atol=1e-6)
+    noise = (y - floats)[:3].reshape(3, -1) / SIGMA
+    assert np.abs(np.corrcoef(noise) - np.eye(3)).max() < 0.4
+
+
+def test_copies_at_several_levels_are_a_random_walk():
+    """Steps of the noise are independent of each other and of lower levels, of variance t^2 - s^2; a copy is its own."""
+    images, ladder = noise_images(50, 8, 8, 1), (0.3, 0.5, 1.3)
+    noise_of = degrade.noise_keys(images)
+    zero = jnp.zeros((50, 8, 8, 1))
+    at = {
+        level: np.asarray(degrade.noisy_copy(zero, noise_of, jnp.full(50, level), 0, ladder)).ravel()
+        for level in (0.0, *ladder)
+    }
+    assert (at[0.0] == 0).all()
+    steps = np.stack([at[0.3], at[0.5] - at[0.3], at[1.3] - at[0.5]])
+    variances = np.array([0.09, 0.25 - 0.09, 1.69 - 0.25])
+    np.testing.assert_allclose(steps.var(1), variances, rtol=0.1)
+    assert np.abs(np.corrcoef(steps) - np.eye(3)).max() < 0.06
+    # A batch of mixed levels gives each image the copy it has at its own level.
+    mixed = jnp.asarray([ladder[i % 3] for i in range(50)])
+    found = np.asarray(degrade.noisy_copy(zero, noise_of, mixed, 0, ladder)).reshape(50, -1)
+    for i in range(50):
+        np.testing.assert_array_equal(found[i], at[ladder[i % 3]].reshape(50, -1)[i])
 
 
 def test_flip_moves_the_finished_copy(batch_of):

@@ -7,7 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "mdiff"
 FLOORS = {
-    0: ("errors", "types", "keys", "trees", "config", "files", "console", "flops", "processes", "lock"),
+    0: (
+        "errors",
+        "types",
+        "keys",
+        "trees",
+        "fields",
+        "config",
+        "files",
+        "console",
+        "flops",
+        "processes",
+        "lock",
+    ),
     1: ("process", "data"),
     2: ("nets",),
     3: ("objectives",),

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mdiff import config
-from mdiff.data import augment
+from mdiff.data import augment, cutoffs
+from mdiff.data.degrade import noise_keys
 from mdiff.data.split import Subset
 from mdiff.data.stream import indices
 from mdiff.errors import UserError
@@ -57,9 +58,10 @@ def make_reader(
     places = np.arange(cfg.train.batch) if places is None else places
     rows = Rows(cfg.seed, cfg.train.batch, subset.slots, places)
     columns = _columns(cfg, subset)
+    levels = _Levels(cfg, subset) if cfg.loss.ambient else None
     if cfg.data.reading == "disk":
-        return DiskReader(subset.train.x, columns, rows)
-    return MemoryReader(np.asarray(subset.train.x), columns, rows)
+        return DiskReader(subset.train.x, columns, rows, levels)
+    return MemoryReader(np.asarray(subset.train.x), columns, rows, levels)
 
 
 def _columns(cfg: config.Config, subset: Subset) -> dict[str, np.ndarray]:
@@ -81,6 +83,18 @@ def _columns(cfg: config.Config, subset: Subset) -> dict[str, np.ndarray]:
     return columns
 
 
+class _Levels:
+    """The cutoff of each image of a batch; where there are stages, by the step."""
+
+    def __init__(self, cfg: config.Config, subset: Subset) -> None:
+        self._cfg, self._each, self.copies = cfg, cutoffs.of_images(cfg, subset.origin), cfg.loss.copies
+
+    def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """float32 [b]."""
+        stage = cutoffs.stage(self._cfg, step)
+        return self._each[rows] if stage is None else np.full(len(rows), stage, np.float32)
+
+
 class Rows:
     """Which training images make this process's part of each batch."""
 
@@ -95,12 +109,16 @@ class Rows:
 class MemoryReader:
     """The training images live on the devices; a batch is an index into them."""
 
-    def __init__(self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows) -> None:
-        self.resident = {"x": x, **columns}
-        self._rows = rows
+    def __init__(
+        self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows, levels: _Levels | None = None
+    ) -> None:
+        copies = levels is not None and levels.copies
+        self.resident = {"x": x, **columns} | ({"noise": noise_keys(x)} if copies else {})
+        self._rows, self._levels = rows, levels
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        return {"index": self._rows(step)}
+        rows = self._rows(step)
+        return {"index": rows} | ({} if self._levels is None else {"cutoff": self._levels(step, rows)})
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -112,13 +130,15 @@ class DiskReader:
     What is read for a step depends on the step alone, so there is no iterator state to store.
     """
 
-    def __init__(self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows) -> None:
+    def __init__(
+        self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows, levels: _Levels | None = None
+    ) -> None:
         import grain
 
         self.resident: dict[str, np.ndarray] = {}
         threads = max(1, min(4, os.cpu_count() or 1))
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        batches: Any = grain.MapDataset.source(_Batches(x, columns, rows))
+        batches: Any = grain.MapDataset.source(_Batches(x, columns, rows, levels))
         self._iterator = iter(batches.to_iter_dataset(ahead))
         self._next = -1  # reading ahead begins where the first batch is asked for
 
@@ -141,12 +161,19 @@ class DiskReader:
 class _Batches:
     """The batches of a run as a random-access data source of Grain."""
 
-    def __init__(self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows) -> None:
-        self._x, self._columns, self._rows = x, columns, rows
+    def __init__(
+        self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows, levels: _Levels | None
+    ) -> None:
+        self._x, self._columns, self._rows, self._levels = x, columns, rows, levels
 
     def __len__(self) -> int:
         return STEPS
 
     def __getitem__(self, step: Any) -> dict[str, np.ndarray]:
         rows = self._rows(int(step))
-        return {"x": self._x[rows], **{name: column[rows] for name, column in self._columns.items()}}
+        batch = {"x": self._x[rows], **{name: column[rows] for name, column in self._columns.items()}}
+        if self._levels is not None:
+            batch["cutoff"] = self._levels(int(step), rows)
+            if self._levels.copies:
+                batch["noise"] = noise_keys(batch["x"])
+        return batch

@@ -86,11 +86,13 @@ def gather(resident: dict[str, Array], rows: dict[str, Array]) -> dict[str, Arra
       rows: from `Reader.batch`: where the batch is in the resident set, or the batch itself.
 
     Returns:
-      `x` uint8 [B,H,W,C], `id` [B], and `label` [B] and `vector` [B,V] if the network is conditioned on them.
+      `x` uint8 [B,H,W,C], `id` [B]; `label` [B] and `vector` [B,V] if the network is conditioned on them; with
+      ambient training `noise` uint32 [B,3] and `cutoff` float32 [B].
     """
-    if "index" not in rows:
-        return dict(rows)
-    return {name: column[rows["index"]] for name, column in resident.items()}
+    found = {name: column for name, column in rows.items() if name != "index"}
+    if "index" in rows:
+        found |= {name: column[rows["index"]] for name, column in resident.items()}
+    return found
 
 
 def finish(raw: dict[str, Array], key: Key, cfg: config.Config) -> Batch:
@@ -99,23 +101,22 @@ def finish(raw: dict[str, Array], key: Key, cfg: config.Config) -> Batch:
     Args:
       raw: from `gather`.
       key: randomness of the augmentation, new at every step.
-      cfg: uses data.flip, data.shift, data.augment, loss.cutoff and seed, which is that of the noisy copies.
+      cfg: uses data.flip, data.shift, data.augment, the loss's cutoffs and seed, which is that of the noisy copies.
 
     Returns:
-      `raw` with `x` float32 [B,H,W,C] in [-1, 1]; with a cutoff also `y` [B,H,W,C], the noisy copies; with
+      `raw` with `x` float32 [B,H,W,C] in [-1, 1]; with ambient training also `y` [B,H,W,C], the noisy copies; with
       data.augment also `augment` [B,9], what was done to `x` and not to `y` (see `mdiff.data.augment`):
       where a loss uses `y`, the network is to be told zeros.
     """
     images = {"x": jnp.asarray(to_float(raw["x"]))}
-    if cfg.loss.cutoff > 0:
+    raw = dict(raw)
+    if cfg.loss.copies:
         # Before the augmentations: noise on a flipped image would be a second draw, which leaks (degrade.py).
-        images["y"] = noisy_copy(images["x"], raw["id"], cfg.loss.cutoff, cfg.seed)
+        images["y"] = noisy_copy(images["x"], raw.pop("noise"), raw["cutoff"], cfg.seed, cfg.loss.ladder)
     if cfg.data.flip:
         images = augment.flip(key, images)
     if cfg.data.shift:
-        images = augment.shift(
-            augment.stream(key, "shift"), images, cfg.data.shift, cyclic=cfg.loss.cutoff > 0
-        )
+        images = augment.shift(augment.stream(key, "shift"), images, cfg.data.shift, cyclic=cfg.loss.copies)
     if cfg.data.augment:
         warped, told = augment.non_leaky(augment.stream(key, "augment"), images["x"], cfg.data.augment)
         images |= {"x": warped, "augment": told}

@@ -88,24 +88,26 @@ class DrawnObjective:
     """An objective in two halves, so that a batch can be drawn for as a whole and worked through in parts.
 
     Attributes:
-      draw: `(key, x [B,H,W,C]) -> Draws`.
+      draw: `(key, batch) -> Draws`.
       loss: `(params, draws, batch) -> (loss [B], aux)`.
     """
 
-    draw: Callable[[Key, Array], Draws]
+    draw: Callable[[Key, Batch], Draws]
     loss: Callable[[Params, Draws, Batch], tuple[Array, dict[str, Array]]]
 
     def __call__(self, params: Params, key: Key, batch: Batch) -> tuple[Array, dict[str, Array]]:
         """See `mdiff.types.Objective`."""
-        return self.loss(params, self.draw(key, batch["x"]), batch)
+        return self.loss(params, self.draw(key, batch), batch)
 
 
-def draw(key: Key, x: Array, times: Times, condition_dropout: float = 0.0) -> Draws:
-    """The draws for a batch x [B,H,W,C]."""
+def draw(
+    key: Key, x: Array, times: Times, condition_dropout: float = 0.0, cutoff: Array | None = None
+) -> Draws:
+    """The draws for a batch x [B,H,W,C], whose cutoffs [B], if any, decide what levels are drawn."""
     key_sigma, key_noise, key_dropout, key_drop = jax.random.split(key, 4)
     n = x.shape[0]
     drop = jax.random.bernoulli(key_drop, condition_dropout, (n,)) if condition_dropout else None
-    return Draws(times.draw(key_sigma, n), jax.random.normal(key_noise, x.shape), drop, key_dropout)
+    return Draws(times.draw(key_sigma, n, cutoff), jax.random.normal(key_noise, x.shape), drop, key_dropout)
 
 
 def denoise_with(model: Model, params: Params, batch: Batch, drop: Array | None = None) -> Denoise:
@@ -175,4 +177,6 @@ def make(model: Model, cfg: config.Config) -> DrawnObjective:
             aux["loss_edm"] = edm_weight(sigma, model.sigma_data) * error
         return discount(weighted, model.log_variance(params, sigma)), aux
 
-    return DrawnObjective(lambda key, x: draw(key, x, times, cfg.net.condition_dropout), loss)
+    return DrawnObjective(
+        lambda key, batch: draw(key, batch["x"], times, cfg.net.condition_dropout, batch.get("cutoff")), loss
+    )

@@ -21,6 +21,7 @@ from mdiff.nets.denoiser import Model, make_model
 from mdiff.objectives import ambient
 from mdiff.probes import ablation
 from mdiff.recipes import generate
+from mdiff.sample import sampler
 from mdiff.train import mesh as meshes
 from mdiff.train.program import train_program
 
@@ -123,7 +124,7 @@ def _sample(cfg: config.Config, model: Model, devices: list[Any], _: Sweep) -> P
     ways = meshes.batch_devices(mesh)
     batch = cfg.sample.batch + -cfg.sample.batch % ways
     vectors = np.zeros((1, cfg.net.vector), np.float32) if cfg.net.vector else None
-    jitted = generate.sample_program(model, cfg.sample, vectors, mesh)
+    jitted = generate.sample_program(model, sampler.settings(cfg), vectors, mesh)
     params = _params(model, mesh, cfg)
     index = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=meshes.replicated(mesh))
     counted = flops.count(jitted, params, index, padding=False).total

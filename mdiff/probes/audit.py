@@ -92,9 +92,13 @@ def audit(
 
     report("quality", 3, stages)
     samples = {"generated": quality.thinned(in_space, config.seed)}
-    for one in sides.values():
-        samples[one.name] = np.asarray(space(quality.thinned(one.images, config.seed)), np.float64)
-    if max(len(in_space), len(train)) > quality.ROWS:
+    for name, images in (
+        ("train", train),
+        ("heldout", heldout),
+    ):  # all of them: a distance needs no equal sizes
+        if images is not None:
+            samples[name] = np.asarray(space(quality.thinned(images, config.seed)), np.float64)
+    if max(map(len, (in_space, train, () if heldout is None else heldout))) > quality.ROWS:
         notes.append(f"energy and kernel distances use {quality.ROWS} rows of each larger set, drawn by seed")
     if len(in_space) < 2:
         notes.append("1 generation: energy and kernel distances need at least 2 and are absent")

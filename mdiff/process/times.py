@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -65,9 +65,10 @@ class Uniform:
 class Times:
     """The law of the noise levels trained at: some increasing coordinate of sigma is normal or uniform.
 
-    With a share, the two branches below and at or above the cutoff keep the law they have, and only the
-    probabilities of the branches change: u is mapped to the law's own u piecewise linearly, from
-    [0, 1 - share] to [0, 1 - natural] and from [1 - share, 1] to [1 - natural, 1].
+    With a share, a buffer or without the levels below the cutoff, two branches, below the cutoff and at or above the
+    buffer's end, keep the law they have, and only their probabilities change: u is mapped to the law's own u
+    piecewise linearly, from [0, 1 - s] to [0, P(sigma < cutoff)] and from [1 - s, 1] to [P(sigma < end), 1], s the
+    probability of the upper branch. The cutoff may differ between draws; one of 0 has no lower branch.
 
     Attributes:
       law: of the coordinate.
@@ -75,8 +76,9 @@ class Times:
       level: its inverse.
       stratified: spread the levels of one draw evenly over their law.
       share: probability of noise levels at or above the cutoff; 0 leaves it to the law.
-      cutoff: where the branches part.
-      natural: the law's own probability of noise levels at or above the cutoff.
+      cutoff: where the branches part, for draws that bring no cutoff of their own.
+      gain: levels in [cutoff, gain * cutoff) are not drawn; 1 draws all.
+      below: are levels below the cutoff drawn?
     """
 
     law: Normal | Uniform
@@ -85,47 +87,94 @@ class Times:
     stratified: bool = False
     share: float = 0.0
     cutoff: float = 0.0
-    natural: float = 1.0
+    gain: float = 1.0
+    below: bool = True
 
-    def sigma(self, u: Array) -> Array:
-        """The noise level below which a draw falls with probability u; u in (0, 1), its shape."""
+    @property
+    def natural(self) -> float:
+        """The law's own probability of noise levels at or above the cutoff."""
+        with jax.ensure_compile_time_eval():
+            return float(self.law.tails(self.coordinate(jnp.float32(self.cutoff)))[1])
+
+    @property
+    def parted(self) -> bool:
+        """Do the branches have other probabilities than the law gives them?"""
+        return self.share != 0 or self.gain != 1 or not self.below
+
+    def _branches(self, cutoff: Array) -> tuple[Array, Array, Array, Array]:
+        """Upper end of the lower branch, lower end of the upper one, their own probabilities below and above."""
+        end = cutoff * np.float32(self.gain)
+        positive = jnp.where(cutoff > 0, cutoff, 1.0)
+        under, _ = self.law.tails(self.coordinate(positive))
+        _, over = self.law.tails(self.coordinate(positive * np.float32(self.gain)))
+        return cutoff, end, jnp.where(cutoff > 0, under, 0.0), jnp.where(cutoff > 0, over, 1.0)
+
+    def _share(self, under: Array, over: Array) -> Array:
+        """Probability of the upper branch."""
+        if not self.below:
+            return jnp.ones_like(over)
+        share = jnp.full_like(over, self.share) if self.share else over / jnp.maximum(under + over, 1e-30)
+        return jnp.where(under <= 0, 1.0, jnp.where(over <= 0, 0.0, share))
+
+    def sigma(self, u: Array, cutoff: Array | None = None) -> Array:
+        """The noise level below which a draw falls with probability u; u in (0, 1), its shape.
+
+        Args:
+          u: probabilities.
+          cutoff: where the branches part for each u; None takes the law's own `cutoff` for all.
+        """
         u = jnp.asarray(u, jnp.float32)
-        if self.share == 0:
+        if not self.parted:
             return self.level(self.law.quantile(u, 1.0 - u))
-        is_above = u >= 1.0 - self.share
-        below = u * ((1.0 - self.natural) / (1.0 - self.share))
-        above = (1.0 - u) * (self.natural / self.share)
+        each = jnp.broadcast_to(jnp.float32(self.cutoff) if cutoff is None else cutoff, u.shape)
+        lower, upper, under, over = self._branches(each)
+        share = self._share(under, over)
+        is_above = u >= 1.0 - share
+        below = u * (under / jnp.where(share < 1, 1.0 - share, 1.0))
+        above = (1.0 - u) * (over / jnp.where(share > 0, share, 1.0))
         y = self.law.quantile(
             jnp.where(is_above, 1.0 - above, below), jnp.where(is_above, above, 1.0 - below)
         )
         # Rounding must not carry a level across the cutoff: the branch decides which images are used.
-        cutoff = np.float32(self.cutoff)
-        under = np.nextafter(cutoff, np.float32(0.0))
         sigma = self.level(y)
-        return jnp.where(is_above, jnp.maximum(sigma, cutoff), jnp.minimum(sigma, under))
+        return jnp.where(is_above, jnp.maximum(sigma, upper), jnp.minimum(sigma, _next_below(lower)))
 
-    def cdf(self, sigma: Array) -> Array:
-        """Probability of a draw below `sigma`, its shape; the inverse of `sigma(u)`."""
+    def cdf(self, sigma: Array, cutoff: Array | None = None) -> Array:
+        """Probability of a draw below `sigma`, its shape; the inverse of `sigma(u, cutoff)`."""
         sigma = jnp.asarray(sigma, jnp.float32)
         below, above = self.law.tails(self.coordinate(sigma))
-        if self.share == 0:
+        if not self.parted:
             return below
-        low = below * ((1.0 - self.share) / (1.0 - self.natural))
-        return jnp.where(sigma < self.cutoff, low, 1.0 - above * (self.share / self.natural))
+        each = jnp.broadcast_to(jnp.float32(self.cutoff) if cutoff is None else cutoff, sigma.shape)
+        lower, _, under, over = self._branches(each)
+        share = self._share(under, over)
+        low = jnp.minimum(below, under) * ((1.0 - share) / jnp.where(under > 0, under, 1.0))
+        high = 1.0 - jnp.minimum(above, over) * (share / jnp.where(over > 0, over, 1.0))
+        return jnp.where(sigma < lower, low, high)
 
-    def draw(self, key: Key, n: int) -> Array:
+    def draw(self, key: Key, n: int, cutoff: Array | None = None) -> Array:
         """`[n]` noise levels. Each is drawn from the law; stratified ones are not independent.
 
         Stratified draws take one u from each of n equal parts of (0, 1), all shifted by one common random
         amount (arXiv 2107.00630, appendix I.1), in random order: a place in the batch says nothing about
         the level, nor does the device that place is on.
+
+        Args:
+          key: of the draw.
+          n: how many.
+          cutoff: [n] where each draw's branches part; None takes the law's own `cutoff`.
         """
         if not self.stratified:
-            return self.sigma(jax.random.uniform(key, (n,)) + HALF_STEP)
+            return self.sigma(jax.random.uniform(key, (n,)) + HALF_STEP, cutoff)
         key_shift, key_order = jax.random.split(key)
         u = (jnp.arange(n) + jax.random.uniform(key_shift)) / n
         u = jnp.clip(u, HALF_STEP, 1.0 - HALF_STEP)
-        return self.sigma(jax.random.permutation(key_order, u))
+        return self.sigma(jax.random.permutation(key_order, u), cutoff)
+
+
+def _next_below(x: Array) -> Array:
+    """The largest float32 below positive x."""
+    return jnp.nextafter(x, jnp.float32(0.0))
 
 
 def make_times(loss: config.Loss, process: GaussianProcess, span: config.Process) -> Times:
@@ -174,22 +223,39 @@ def make_times(loss: config.Loss, process: GaussianProcess, span: config.Process
 
 
 def _shared(times: Times, loss: config.Loss) -> Times:
-    """`times` with the configured share at or above the cutoff."""
-    if loss.share == 0:
-        return times
-    if not 0 < loss.share < 1:
+    """`times` with the configured branches."""
+    gain = buffer_gain(loss) if loss.ambient and loss.buffer == "redraw" else 1.0
+    times = replace(
+        times,
+        share=loss.share,
+        cutoff=loss.cutoff,
+        gain=gain,
+        below=not (loss.ambient and loss.clean == "never"),
+    )
+    if loss.share and not 0 < loss.share < 1:
         raise UserError(f"loss.share = {loss.share}: must be 0 (as the law has it) or between 0 and 1")
-    if not 0 < loss.cutoff < math.inf:
+    if loss.share and not loss.ambient:
         raise UserError(f"loss.share = {loss.share}: needs a loss.cutoff above 0 (it is {loss.cutoff})")
-    below, above = (float(tail) for tail in times.law.tails(times.coordinate(jnp.float32(loss.cutoff))))
-    if not (below > 0 and above > 0):
-        side = "at or above" if above <= 0 else "below"
-        raise UserError(
-            f"loss.share = {loss.share}: law {loss.times} has no noise levels {side} cutoff {loss.cutoff}; "
-            "move loss.cutoff or leave loss.share at 0"
+    if not times.parted:
+        return times
+    for cutoff in loss.levels:
+        below, above = (
+            float(times.law.tails(times.coordinate(jnp.float32(at)))[side])
+            for side, at in ((0, cutoff), (1, cutoff * gain))
         )
-    natural = above if above < 0.5 else 1.0 - below
-    return Times(times.law, times.coordinate, times.level, times.stratified, loss.share, loss.cutoff, natural)
+        field = "loss.share" if loss.share else "loss.buffer" if gain != 1 else "loss.clean"
+        if above <= 0 or (below <= 0 and loss.share):
+            side = "at or above" if above <= 0 else "below"
+            raise UserError(
+                f"{field} = {getattr(loss, field[5:])}: law {loss.times} has no noise levels {side} cutoff {cutoff}; "
+                f"move loss.cutoff or leave {field} at its default"
+            )
+    return times
+
+
+def buffer_gain(loss: config.Loss) -> float:
+    """sigma / cutoff at which 1/a has fallen to loss.max_gain: a = 1 - cutoff^2 / sigma^2."""
+    return math.sqrt(1.0 / (1.0 - 1.0 / loss.max_gain))
 
 
 def make_grid(

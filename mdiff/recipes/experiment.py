@@ -11,6 +11,7 @@ from pathlib import Path
 from mdiff import config
 from mdiff.errors import UserError
 from mdiff.objectives import ambient
+from mdiff.recipes.curve import memorization_curve
 from mdiff.recipes.generate import make_generator, sample, write_pngs
 from mdiff.recipes.measure import (
     audit,
@@ -18,7 +19,6 @@ from mdiff.recipes.measure import (
     audit_folders,
     audit_rules,
     load_folders,
-    memorization_curve,
     probe,
     probe_folders,
 )

@@ -72,6 +72,12 @@ def sample_program(
     return generate
 
 
+@functools.lru_cache(maxsize=8)
+def _shared_program(model: Model, cfg: config.Sample, on: DeviceMesh | None) -> Any:
+    """`sample_program`, compiled once for all runs of one network: the cells of a sweep."""
+    return sample_program(model, cfg, None, on)
+
+
 def make_generator(
     model: Model,
     cfg: config.Sample,
@@ -79,7 +85,9 @@ def make_generator(
     on: DeviceMesh | None = None,
 ) -> Callable[[Params, Any], Array]:
     """`sample_program` for any batch: it is filled up where it does not divide over the devices."""
-    generate: Callable[[Params, Any], Array] = sample_program(model, cfg, vectors, on)
+    generate: Callable[[Params, Any], Array] = (
+        _shared_program(model, cfg, on) if vectors is None else sample_program(model, cfg, vectors, on)
+    )
     if on is None:
         return generate
     ways, whole = mesh.batch_devices(on), mesh.replicated(on)
@@ -117,7 +125,9 @@ def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.nd
     unfinished = folder / "samples" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
     ledger = Ledger.load(folder / "ledger.json")
     with ledger.time("sample"):
-        generate = make_generator(model, cfg.sample, experiment.subset.train.vector, mesh.make_mesh(cfg.mesh))
+        generate = make_generator(
+            model, sampler.settings(cfg), experiment.subset.train.vector, mesh.make_mesh(cfg.mesh)
+        )
         todo = batches(cfg.sample.n, cfg.sample.batch)
         paths = [unfinished / f"{place:06d}.npy" for place in range(len(todo))]
         present = processes.from_first(lambda: [path.is_file() for path in paths])

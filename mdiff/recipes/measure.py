@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,12 @@ from mdiff.probes import records, registry
 from mdiff.probes.records import ProbeResult
 from mdiff.probes.results import AuditResult
 from mdiff.process import laws
-from mdiff.recipes.generate import draw, load, make_generator
+from mdiff.recipes.generate import draw, load
 from mdiff.recipes.runs import Experiment
 from mdiff.sample import guidance, sampler
-from mdiff.train import loop, mesh, workdir
+from mdiff.train import loop, workdir
 from mdiff.train.ledger import Ledger
-from mdiff.types import Array, Evaluator, Params
+from mdiff.types import Array
 
 Sets = tuple[np.ndarray, source.Images, source.Images | None]
 """Generations [Q,H,W,C], training images and, if there are any, held-out ones."""
@@ -36,35 +35,6 @@ def audit_rules(cfg: config.Config) -> config.Audit:
     """The audit's rules, with mirrored images compared whenever they were trained on."""
     mirrored = cfg.data.flip or bool(cfg.data.planted_flips) or cfg.data.augment > 0
     return replace(cfg.audit, flips=cfg.audit.flips or mirrored)
-
-
-def memorization_curve(experiment: Experiment) -> Evaluator:
-    """The evaluator a training loop is handed: memorized fraction of a few generations, with control."""
-    cfg, model, subset = experiment.config, experiment.model, experiment.subset
-    n = cfg.train.eval_samples
-    generate = make_generator(model, cfg.sample, subset.train.vector, mesh.make_mesh(cfg.mesh))
-    rules = {
-        name: audits.ratio_rule(np.asarray(reference.x), audit_rules(cfg), side, len(subset.train))
-        for name, side, reference in (
-            ("memorized", "train", subset.train),
-            ("control", "heldout", subset.heldout),
-        )
-        if len(reference) >= 2
-    }
-
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        images = draw(functools.partial(generate, params), n, min(n, cfg.sample.batch))
-        scalars: dict[str, float] = {}
-        for name, rule in rules.items():
-            rate = rule(images)
-            scalars |= {
-                f"eval/{name}": rate.value,
-                f"eval/{name}_low": rate.low,
-                f"eval/{name}_high": rate.high,
-            }
-        return {**scalars, "eval/n": float(n)}
-
-    return evaluate
 
 
 def audit(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> AuditResult:

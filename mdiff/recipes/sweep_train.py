@@ -14,7 +14,7 @@ from mdiff.objectives import ambient
 from mdiff.recipes import experiment
 from mdiff.recipes.sweep_plan import Mode, Plan
 from mdiff.train import checkpoint, loop, mesh, side_by_side
-from mdiff.train.trials import Program, TooLarge, Trial, device_bytes, shapes, state_bytes
+from mdiff.train.trials import Program, TooLarge, Trial, device_bytes, kind, shapes, state_bytes
 
 ROOM = 4
 """auto: side by side if a device holds so many times a cell's state. The compiled program is asked again."""
@@ -118,9 +118,13 @@ def _trial(sweep: Plan, board: Board, name: str) -> Trial:
 def _groups(
     sweep: Plan, board: Board, names: Sequence[str], saved: Mapping[str, list[int]], mode: Mode
 ) -> list[tuple[list[str], int]]:
-    """Cells that can be trained side by side, and the step each group begins at; a group of one is trained alone."""
-    if mode == "no" or len(jax.devices()) == 1:
+    """Cells that share a program, and the step each group begins at; a group of one is trained alone.
+
+    On several devices they are trained side by side; on one in turn, by the program of the first.
+    """
+    if mode == "no":
         return [([name], saved[name][-1]) for name in names]
+    one = len(jax.devices()) == 1
     alike: dict[str, list[str]] = {}
     alone: list[str] = []
     for name in names:
@@ -130,9 +134,13 @@ def _groups(
         if saved[name][-1] >= cfg.train.steps or (mode == "auto" and not small):
             alone.append(name)
         else:
-            alike.setdefault(shapes(trial), []).append(name)
+            what = shapes(trial) + (kind(trial.cfg) if one else "")
+            alike.setdefault(what, []).append(name)
     found: list[tuple[list[str], int]] = []
     for group in alike.values():
+        if len(group) == 1:
+            alone += group
+            continue
         begun = [name for name in group if sweep.record.cells[name]["state"] == "training"]
         found += at_one_step(begun, saved, max(sweep.made[name].config.train.save_every for name in group))
         found += at_one_step([name for name in group if name not in begun], saved, 0)
@@ -168,7 +176,8 @@ def _together(
     trials = [_trial(sweep, board, name) for name in names]
     width = devices if processes.count() > 1 else min(devices, len(names))
     program = Program(trials, width)
-    board.monitor.say(f"{len(names)} cells side by side on {width} devices")
+    how = f"side by side on {width} devices" if width > 1 else "in turn, with one program"
+    board.monitor.say(f"{len(names)} cells {how}")
     for first in range(0, len(trials), width):
         part = trials[first : first + width]
         for trial in part:

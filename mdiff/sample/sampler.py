@@ -7,6 +7,7 @@ batch it was drawn in.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +74,24 @@ def sample(
     shape: tuple[int, ...],
     cond: Array | None = None,
 ) -> Array:
-    """Draw one sample per key by the configured method on the configured grid; arguments as `integrate`."""
-    grid = make_grid(process, cfg.grid, cfg.steps, process.sigma_min, process.sigma_max, process.rho)
+    """Draw one sample per key by the configured method on the configured grid; arguments as `integrate`.
+
+    With `until` the grid ends at that noise level, and the sample is the denoiser's estimate there (truncated
+    sampling, for a denoiser that knows no lower levels).
+    """
+    lowest = max(process.sigma_min, cfg.until or 0.0)
+    grid = make_grid(process, cfg.grid, cfg.steps, lowest, process.sigma_max, process.rho)
     return integrate(process, denoiser, METHODS[cfg.method](process, cfg), grid, keys, shape, cond)
+
+
+def settings(cfg: config.Config) -> config.Sample:
+    """How a trained model is sampled: down to the lowest noise level that its training knew, unless said otherwise."""
+    loss, until = cfg.loss, cfg.sample.until
+    if until is None:
+        everywhere = not loss.copies or loss.clean != "never" or loss.consistency > 0
+        clean = loss.clean_share > 0 or 0 in loss.cutoff_of.values()
+        until = 0.0 if everywhere or clean else loss.levels[0]
+    return replace(cfg.sample, until=until)
 
 
 APPLIES = {
@@ -113,5 +129,7 @@ def check(cfg: config.Sample) -> None:
         raise UserError(
             f"sample.churn_noise = {cfg.churn_noise}: must be above 0; usual values are 1 to 1.01"
         )
+    if cfg.until is not None and not 0 <= cfg.until < math.inf:
+        raise UserError(f"sample.until = {cfg.until}: must be 0 or above, and finite; 0 goes on to sigma_min")
     if not 0 <= cfg.eta <= 1:
         raise UserError(f"sample.eta = {cfg.eta}: must be in [0, 1]")

@@ -191,7 +191,7 @@ def _accumulated(
     every = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(parts))
     draws = None
     if isinstance(objective, DrawnObjective):
-        whole = objective.draw(key, batch["x"])
+        whole = objective.draw(key, batch)
         every = jax.vmap(lambda part: jax.random.fold_in(whole.key, part))(jnp.arange(parts))
         draws = jax.tree.map(split, {name: x for name, x in whole._asdict().items() if name != "key"})
 

@@ -43,7 +43,18 @@ _COLLECTIVE = re.compile(
 )
 _UNTRACED = ("name", "seed", "mesh", "sample", "audit")
 _UNTRACED_DATA = ("source", "split", "n", "heldout", "seed", "duplicates", "planted_flips", "planted_crops")
-_UNTRACED_TRAIN = ("log_every", "save_every", "keep", "keep_every", "eval_every", "eval_samples", "ema_every")
+_UNTRACED_LOSS = ("cutoff", "cutoff_of", "cutoff_stages", "clean_share")  # they come with the batch
+_UNTRACED_TRAIN = (
+    "log_every",
+    "save_every",
+    "keep",
+    "keep_every",
+    "eval_every",
+    "eval_samples",
+    "eval_levels",
+    "stop_when",
+    "ema_every",
+)
 
 
 class TooLarge(UserError):
@@ -80,9 +91,10 @@ def kind(cfg: config.Config) -> str:
     tree = config.to_json(cfg)
     for name in _UNTRACED:
         del tree[name]
-    for part, names in (("data", _UNTRACED_DATA), ("train", _UNTRACED_TRAIN)):
+    for part, names in (("data", _UNTRACED_DATA), ("train", _UNTRACED_TRAIN), ("loss", _UNTRACED_LOSS)):
         for name in names:
             del tree[part][name]
+    tree["loss"] |= {"ambient": cfg.loss.ambient, "ladder": cfg.loss.ladder}
     return json.dumps(tree, sort_keys=True)
 
 
@@ -93,7 +105,14 @@ def shapes(trial: Trial) -> str:
     leaves = [f"{leaf.shape}{leaf.dtype}" for leaf in jax.tree.leaves(abstract)]
     batch = (trial.model.shape, cfg.train.batch, cfg.data.reading, cfg.net.classes > 0, cfg.net.vector)
     return repr(
-        (jax.tree.structure(abstract), leaves, batch, cfg.train.steps, cfg.loss.level_weight == "edm")
+        (
+            jax.tree.structure(abstract),
+            leaves,
+            batch,
+            cfg.train.steps,
+            cfg.loss.level_weight == "edm",
+            cfg.loss.ambient,
+        )
     )
 
 

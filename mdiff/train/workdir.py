@@ -27,11 +27,13 @@ class Stored:
       config: the run's configuration.
       digest: identity of model, data and objective.
       shape: (H, W, C) of one image.
+      noise: whose the fixed noise is (`config.NOISE`); empty up to mdiff 0.3.
     """
 
     config: config.Config
     digest: str
     shape: tuple[int, int, int]
+    noise: str = ""
 
 
 def versions() -> dict[str, str]:
@@ -61,7 +63,7 @@ def read(folder: Path) -> Stored:
         stored, digest, shape = tree["config"], tree["digest"], tuple(tree["shape"])
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error!r}); restore it, or train in a new --workdir") from None
-    return Stored(config.from_json(config.Config, stored, str(path)), digest, shape)
+    return Stored(config.from_json(config.Config, stored, str(path)), digest, shape, tree.get("noise", ""))
 
 
 def check(folder: Path, cfg: config.Config, state_bytes: int = 0, snapshot_bytes: int = 0) -> bool:
@@ -87,6 +89,11 @@ def check(folder: Path, cfg: config.Config, state_bytes: int = 0, snapshot_bytes
             what = processes.first_difference(config.to_json(stored.config), known)
             raise UserError(
                 f"--workdir {folder}: holds another run ({what}); choose a new --workdir, or go on with its config"
+            )
+        if cfg.loss.ambient and stored.noise != config.NOISE:
+            raise UserError(
+                f"--workdir {folder}: was begun by mdiff 0.3 or older, whose noisy copies were others; going on would "
+                "be a second draw of noise; train in a new --workdir"
             )
         for name in STATEFUL:
             was, now = getattr(stored.config.train, name), getattr(cfg.train, name)
@@ -120,6 +127,7 @@ def write(folder: Path, cfg: config.Config, shape: tuple[int, int, int], paramet
         "digest": config.digest(cfg),
         "shape": list(shape),
         "parameters": parameters,
+        "noise": config.NOISE,
         "versions": versions(),
     }
     write_json(folder / "config.json", tree)
