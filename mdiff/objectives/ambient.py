@@ -26,12 +26,16 @@ not drawn for it: training on noisy images alone (Daras et al. 2024, arXiv 2411.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 
 from mdiff import config
 from mdiff.errors import UserError
 from mdiff.nets.denoiser import Model
 from mdiff.objectives import denoise as plain
+from mdiff.objectives.consistency import consistency_error, levels
 from mdiff.objectives.denoise import (
     Denoise,
     DrawnObjective,
@@ -134,10 +138,11 @@ def weigh(
 def make(model: Model, cfg: config.Config) -> DrawnObjective:
     """The ambient objective; where no image has a cutoff it *is* the plain one, chosen before tracing.
 
-    `batch["y"]` must hold the fixed noisy copies (see `mdiff.data.degrade`), made before any
-    augmentation, and `batch["cutoff"]` [B] their noise levels, unless all are `loss.cutoff`. `batch["augment"]` describes x alone, and is taken as
-    "none" for examples that show y. `aux` holds each example's sigma [B], whether its copy was used [B] and, when it
-    is weighed in another way, its loss under EDM's weight, loss_edm [B].
+    `batch["y"]` must hold the fixed noisy copies (see `mdiff.data.degrade`), made before any augmentation, and
+    `batch["cutoff"]` [B] their noise levels, unless all are `loss.cutoff`. `batch["augment"]` describes x alone, and is
+    taken as "none" for examples that show y. `aux` holds each example's sigma [B], whether its copy was used [B], when it
+    is weighed in another way its loss under EDM's weight, loss_edm [B], and with the consistency loss its weighted
+    two-sample error, consistency [B], without its coefficient.
 
     Raises:
       UserError: a field of the noise levels or of condition dropout is out of range.
@@ -146,6 +151,29 @@ def make(model: Model, cfg: config.Config) -> DrawnObjective:
         return plain.make(model, cfg)
     check_model(model, cfg)
     times = make_times(cfg.loss, model.process, cfg.process)
+    whole_law = replace(times, share=0.0, gain=1.0, below=True)
+
+    def consistency(params: Params, key: Key, batch: Batch, drop: Array | None) -> Array:
+        fixed = denoise_with(model, jax.lax.stop_gradient(params), batch, drop)
+        # The states at sigma' come in twos, and so do their conditions.
+        twice = {name: jnp.concatenate([column, column]) for name, column in batch.items()}
+        drops = None if drop is None else jnp.concatenate([drop, drop])
+        pairs = denoise_with(model, params, twice, drops)
+        fixed_pairs = denoise_with(model, jax.lax.stop_gradient(params), twice, drops)
+        own, n = denoise_with(model, params, batch, drop), len(batch["x"])
+        key_levels, key_noise = jax.random.split(key)
+        sigma, target = levels(key_levels, whole_law, n)
+        error = consistency_error(
+            lambda x, s, k: (own if len(x) == n else pairs)(x, s, k),
+            lambda x, s, k: (fixed if len(x) == n else fixed_pairs)(x, s, k),
+            batch["y"],
+            cutoffs(batch),
+            sigma,
+            target,
+            cfg.loss.consistency_steps,
+            key_noise,
+        )
+        return level_weight(sigma, cfg.loss, model.sigma_data) * error
 
     def cutoffs(batch: Batch) -> Array:
         return batch["cutoff"] if "cutoff" in batch else jnp.full(len(batch["x"]), cfg.loss.cutoff)
@@ -162,7 +190,12 @@ def make(model: Model, cfg: config.Config) -> DrawnObjective:
         if cfg.loss.level_weight != "edm":
             plainly = edm_weight(sigma, model.sigma_data)
             aux["loss_edm"] = weigh(error, a, plainly, sigma, cfg.loss, cutoff=cutoff)
-        return weigh(error, a, lam, sigma, cfg.loss, u, cutoff), aux
+        weighed = weigh(error, a, lam, sigma, cfg.loss, u, cutoff)
+        if cfg.loss.consistency:
+            noisy = {name: column for name, column in batch.items() if name != "augment"}
+            aux["consistency"] = consistency(params, jax.random.fold_in(key, 1), noisy, drop)
+            weighed += cfg.loss.consistency * aux["consistency"]
+        return weighed, aux
 
     return DrawnObjective(
         lambda key, batch: draw(key, batch["x"], times, cfg.net.condition_dropout, cutoffs(batch)), loss
@@ -197,6 +230,17 @@ def check(cfg: config.Loss, process: config.Process) -> None:
         )
     if not 0 <= cfg.clean_share < 1:
         raise UserError(f"loss.clean_share = {cfg.clean_share}: must be in [0, 1); 1 would be loss.cutoff 0")
+    if cfg.consistency < 0:
+        raise UserError(
+            f"loss.consistency = {cfg.consistency}: must be 0 (off) or above; 0.1 to 10 are usual"
+        )
+    if cfg.consistency and (cfg.clean != "never" or not cfg.ambient):
+        raise UserError(
+            f"loss.consistency = {cfg.consistency}: clean images teach the levels below the cutoff; set loss.clean to "
+            "never and a loss.cutoff, or loss.consistency to 0"
+        )
+    if cfg.consistency_steps < 1:
+        raise UserError(f"loss.consistency_steps = {cfg.consistency_steps}: must be 1 or more")
     for name, default in (("clean_share", 0.0), ("clean", "below"), ("buffer", "drop")):
         if getattr(cfg, name) != default and not cfg.ambient:
             raise UserError(
