@@ -25,7 +25,7 @@ from mdiff import config
 from mdiff.data.reader import make_reader
 from mdiff.objectives import ambient
 from mdiff.recipes import experiment
-from mdiff.train import loop, mesh, optim, state
+from mdiff.train import mesh, optim, program, state
 made = experiment.prepare(config.load(sys.argv[1]))
 cfg, devices = made.config, mesh.make_mesh(config.Mesh())
 optimizer = optim.make_optimizer(cfg.train)
@@ -33,7 +33,7 @@ fresh, _ = state.plan_state(made.model, optimizer, 0, devices)
 reader = make_reader(cfg, made.subset)
 current, pool = fresh(), jax.device_put(reader.resident, mesh.replicated(devices))
 objective = ambient.make(made.model, cfg)
-step = jax.jit(state.make_step(objective, optimizer, loop.make_batch_fn(cfg), cfg.train, 0), donate_argnums=0)
+step = jax.jit(state.make_step(objective, optimizer, program.make_batch_fn(cfg), cfg.train, 0), donate_argnums=0)
 def run(count):
     global current
     begin = time.perf_counter()
