@@ -251,6 +251,20 @@ def compare(arguments: Sequence[str]) -> int:
     return 0
 
 
+def front(arguments: Sequence[str]) -> int:
+    args = parse(commands.FrontArgs, arguments, "mdiff front")
+    from mdiff.report import front_command
+
+    return front_command.execute(args, _command("front", arguments)["command"])
+
+
+def leakage(arguments: Sequence[str]) -> int:
+    args = parse(commands.LeakageArgs, arguments, "mdiff leakage")
+    from mdiff.report import leakage_command
+
+    return leakage_command.execute(args, _command("leakage", arguments)["command"])
+
+
 def watch(arguments: Sequence[str]) -> int:
     args = parse(commands.WatchArgs, arguments, "mdiff watch", flags=True)
     from mdiff.report.watch import watch as follow
@@ -344,6 +358,14 @@ COMMANDS = {
     ),
     "compare": Command(
         compare, "paired differences between two audited runs", "runs/mine runs/other --out diff.json"
+    ),
+    "front": Command(
+        front, "the front of quality and memorization over the cells of sweeps",
+        "runs/sweep --out runs/sweep/front",
+    ),
+    "leakage": Command(
+        leakage, "how much noisy copies can tell about the images, at most, by cutoff",
+        "--source faces --size 16 --n 100 --cutoff 0.4 1 2 4",
     ),
     "judge": Command(
         judge, "let people judge the most copy-like pairs, and read their answers",

@@ -112,6 +112,58 @@ class ReportArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrontArgs:
+    """The front of quality and memorization over the cells of sweeps, with intervals, plots, samples and one page."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of mdiff sweep, or of single runs."""
+    out: Path
+    """Folder for front.json, front.html, front.svg, front.png and front_samples.png."""
+    quality: str = "energy_heldout"
+    """Measure of quality: a number of the audit, or PROBE.MEASURE, such as quality.recall_heldout."""
+    memorized: str = "memorized"
+    """Measure of memorization: memorized, excess, calibrated, calibrated_excess, unique, or PROBE.MEASURE."""
+    select: tuple[str, ...] = ()
+    """Only cells with these values: loss.cutoff=0,0.5 seed=0,1."""
+    reference: tuple[float, float] | None = None
+    """Quality and memorization up to which areas are counted; None: the worst cell's quality, and 1 for a share."""
+    title: str = "Quality and memorization"
+    """Title of the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakageArgs:
+    """How many nats the noisy copies of ambient training can tell about each image, at most (arXiv 2502.21278).
+
+    For a data set, or with --workdir for the cutoffs, images and epochs of a run. mdiff makes one copy of each image for
+    good, before any augmentation; the last table says what drawing the noise more often would cost.
+    """
+
+    source: str | None = None
+    """Data set, as data.source: a built-in name, a folder, an .npz file, or a prepared TFDS set."""
+    size: int | None = None
+    """Images are resized to size x size pixels; None leaves them as they are."""
+    n: int | None = None
+    """Images, drawn as training images are; None is all of them."""
+    seed: int | None = None
+    """Seed of that draw, as data.seed; None is 0."""
+    workdir: Path | None = None
+    """Folder of a run: its images and what its own cutoffs add up to."""
+    cutoff: tuple[float, ...] = ()
+    """Noise levels of the copies; empty is 0.4 1 2 4, or those of the run."""
+    draws: tuple[int, ...] = (10, 100)
+    """Independent draws of the noise of each image to compare with one and two."""
+    covariance: Literal["shrunk", "sample", "isotropic"] = "shrunk"
+    """How the covariance is guessed: Ledoit-Wolf, of the images as they are, or from the mean variance alone."""
+    candidates: int | None = None
+    """Pictures that an attacker chooses from; None is as many as the source has."""
+    confidence: float = 0.95
+    """Level of the intervals, which are over images."""
+    out: Path | None = None
+    """Also write all of it to this .json file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareArgs:
     """Paired differences between two audited runs (second minus first), with intervals."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import fields
 from typing import Any
@@ -11,9 +12,14 @@ import pydantic
 from mdiff.errors import UserError
 
 
+@functools.cache  # building one takes longer than using it
+def _adapter(cls: type) -> Any:
+    return pydantic.TypeAdapter(cls)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config (or any dataclass of plain values) as JSON-ready dicts and lists."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json", fallback=str, warnings=False)
+    return _adapter(type(config)).dump_python(config, mode="json", fallback=str, warnings=False)
 
 
 def from_json(cls: type, tree: dict[str, Any], where: str = "config") -> Any:
@@ -24,7 +30,7 @@ def from_json(cls: type, tree: dict[str, Any], where: str = "config") -> Any:
     """
     _forbid_unknown(cls, tree, where)
     try:
-        return pydantic.TypeAdapter(cls).validate_python(tree)
+        return _adapter(cls).validate_python(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

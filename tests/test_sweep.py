@@ -34,7 +34,7 @@ from mdiff.config import Audit, Config, Data, Loss, Net, Sample, Train
 
 config = Config(
     data=Data(size=8, n=10, heldout=10),
-    net=Net(mults=(1,), attention=()),
+    net=Net(channels=16, mults=(1,), blocks=1, attention=()),
     loss=Loss(cutoff=1.0),
     train=Train(
         steps=12, batch=8, lr=1e-2, warmup=3, save_every=5, log_every=4, eval_every=6, eval_samples=8,
@@ -426,9 +426,13 @@ from jax.sharding import PartitionSpec as P
 import test_train as lab
 from mdiff.objectives import ambient
 from mdiff.train import trials
-cfgs = [replace(lab.CFG, seed=seed, loss=replace(lab.CFG.loss, cutoff=cutoff)) for seed in (0, 7) for cutoff in (0.0, 1.0)]
+cfgs = [replace(lab.CFG, seed=seed, train=replace(lab.CFG.train, lr=lr)) for seed in (0, 7) for lr in (1e-3, 2e-3)]
+plain, half, one = (replace(lab.CFG, loss=replace(lab.CFG.loss, cutoff=cutoff)) for cutoff in (0.0, 0.5, 1.0))
+assert trials.kind(plain) != trials.kind(half) == trials.kind(one)  # cutoffs come with the batch
 made = [trials.Trial(str(n), cfg, lab.MODEL, ambient.make, lab.SUBSET, None, None) for n, cfg in enumerate(cfgs)]
 assert len({trials.shapes(each) for each in made}) == 1
+noisy = replace(made[0], cfg=one)
+assert trials.shapes(noisy) != trials.shapes(replace(made[0], cfg=plain))
 wider = replace(made[0], model=replace(lab.MODEL, shape=(8, 8, 1)))
 assert trials.shapes(wider) != trials.shapes(made[0])
 program = trials.Program(made, 4)
@@ -471,3 +475,13 @@ else:
 
 def test_program_starts_as_plain_runs_do_and_does_not_communicate(env):
     shell.finish(shell.start([sys.executable, "-c", _PROGRAM], devices(env, 4)))
+
+
+def test_one_device_trains_all_cutoffs_by_one_program(env, tmp_path):
+    folder = tmp_path / "sweep"
+    fields = ["--over", "loss.cutoff=0.5,2", "seed=0,3", "--eval", "False"]
+    shown = shell.finish(shell.start(command(env, folder, *fields), devices(env, 1)))
+    assert "4 cells in turn, with one program" in shown and shown.count("train step") == 1
+    assert set(states_of(folder).values()) == {"trained"}
+    chosen = [folder / "cells/cutoff=0.5,seed=3", folder / "cells/cutoff=2,seed=0"]
+    check_equals_plain_runs(env, tmp_path / "plain", 12, chosen)
