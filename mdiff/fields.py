@@ -13,13 +13,14 @@ from mdiff.errors import UserError
 
 
 @functools.cache  # building one takes longer than using it
-def _adapter(cls: type) -> Any:
+def _adapter(cls: Any) -> Any:
     return pydantic.TypeAdapter(cls)
 
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config (or any dataclass of plain values) as JSON-ready dicts and lists."""
-    return _adapter(type(config)).dump_python(config, mode="json", fallback=str, warnings=False)
+    kind: Any = type(config)
+    return _adapter(kind).dump_python(config, mode="json", fallback=str, warnings=False)
 
 
 def from_json(cls: type, tree: dict[str, Any], where: str = "config") -> Any:

@@ -22,7 +22,7 @@ from mdiff import config, processes
 from mdiff.recipes import experiment
 from mdiff.recipes.sweep_plan import Mode, Plan, plan
 from mdiff.recipes.sweep_train import Board, train
-from mdiff.train import loop
+from mdiff.train import loop, stopping
 from mdiff.train.preemption import stop_on_signal
 
 __all__ = ["Mode", "Plan", "plan", "run"]
@@ -72,9 +72,13 @@ def run(
 
 def _is_trained(sweep: Plan, name: str) -> bool:
     """Does the folder still hold what the record says, and is no more asked for?"""
-    cell = sweep.record.cells[name]
-    there = processes.from_first(lambda: (sweep.where(name) / "checkpoints" / str(cell["step"])).is_dir())
-    return there and cell["step"] >= cell["steps"]
+    cell, folder = sweep.record.cells[name], sweep.where(name)
+    there = processes.from_first(lambda: (folder / "checkpoints" / str(cell["step"])).is_dir())
+    settings = sweep.made[name].config.train
+    return there and (
+        cell["step"] >= cell["steps"]
+        or processes.from_first(lambda: stopping.load(folder, settings) is not None)
+    )
 
 
 # ------------------------------------------------------------------------------------------ measuring

@@ -184,7 +184,7 @@ def _together(
             record.cells[trial.name]["state"] = "training"
         record.save()
         try:
-            stopped, failures = side_by_side.train(program, part, begin, board.monitor.say, counted)
+            stopped, fates = side_by_side.train(program, part, begin, board.monitor.say, counted)
         except TooLarge as error:
             if mode == "yes":
                 raise
@@ -195,9 +195,11 @@ def _together(
                 raise
             board.monitor.say(f"side by side: {_line(error)}; one after another instead")
             return None
-        for trial, failure in zip(part, failures, strict=True):
-            if failure is not None:
-                record.set(trial.name, state="failed", step=failure.step, reason=str(failure))
+        for trial, fate in zip(part, fates, strict=True):
+            if fate.diverged is not None:
+                record.set(trial.name, state="failed", step=fate.diverged.step, reason=str(fate.diverged))
+            elif fate.early is not None:
+                record.set(trial.name, state="trained", step=fate.early.kept, early=str(fate.early))
             elif not stopped:
                 record.set(trial.name, state="trained", step=trial.cfg.train.steps)
         record.save()
@@ -231,8 +233,8 @@ def _in_turn(sweep: Plan, board: Board, names: Sequence[str]) -> str:
                 raise
             record.set(name, state="failed", reason=_line(error))
         else:
-            step = int(outcome.state.step)
-            record.set(name, step=step, state="training" if outcome.stopped else "trained")
+            step, early = int(outcome.state.step), outcome.early and str(outcome.early)
+            record.set(name, step=step, state="training" if outcome.stopped else "trained", early=early)
             if outcome.stopped:
                 return outcome.stopped
             del outcome  # its state would take memory beside the next one's

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+class _Pinned(policies.PreservationPolicy):
+    """Preserves one step, which may change."""
+
+    def __init__(self) -> None:
+        self.step = -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [each.step == self.step for each in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run (`keep` newest; None keeps all); a context manager, so that pending saves finish.
 
@@ -79,7 +89,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None, keep_every: int = 0) -> None:
-        kept: list[Any] = [policies.LatestN(keep)]
+        self._pinned = _Pinned()
+        kept: list[Any] = [policies.LatestN(keep), self._pinned]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         self.folder = absolute(folder)
@@ -136,6 +147,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
+
+    def pin(self, step: int) -> None:
+        """Keep the checkpoint of `step`, however old it gets, in place of the one pinned before."""
+        self._pinned.step = step
 
     def save(self, state: Any, meta: dict[str, Any]) -> None:
         """Save `state` at its own step; returns at once. Saving the newest step again does nothing.

@@ -2,17 +2,19 @@
 
 Its order is a contract: evaluate on the old state, checkpoint state and clock together, next batch, step,
 log. A checkpoint at step k therefore stands after the evaluation at k and before batch k, and a resumed
-run repeats nothing and skips nothing.
+run repeats nothing and skips nothing. With `train.stop_when` every evaluation within the limits is
+checkpointed too, so that one beyond them can go back (`mdiff.train.stopping`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from mdiff.data.reader import make_reader
 from mdiff.data.split import Subset, save_subset
 from mdiff.errors import UserError
 from mdiff.nets.denoiser import Model
-from mdiff.train import checkpoint, mesh, snapshots, state, workdir
+from mdiff.train import checkpoint, mesh, snapshots, state, stopping, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
 from mdiff.train.preemption import stop_on_signal
@@ -63,10 +65,12 @@ class Outcome:
     Attributes:
       state: the state it ended in.
       stopped: name of the signal that stopped it early, or "".
+      early: why `train.stop_when` ended it, or None.
     """
 
     state: state.TrainState
     stopped: str
+    early: stopping.Stopped | None = None
 
 
 def train(
@@ -120,6 +124,11 @@ def train(
         snapshots.Snapshots(folder) if averaged else nullcontext() as averages,
     ):
         stores = [checkpoints] if averages is None else [checkpoints, averages]
+        early = agreed(lambda: stopping.load(folder, cfg.train))
+        if early is not None:
+            monitor.say(f"{early}; raise train.stop_when to go on")
+            return _early(early, checkpoints, stores, abstract, monitor)
+        processes.from_first(lambda: stopping.forget(folder))
         restored = checkpoints.restore(abstract, monitor.say)
         current = program.fresh() if restored is None else restored[0]
         if restored is None and init_from is not None:
@@ -146,12 +155,26 @@ def train(
         with Metrics(folder, begin) as metrics:
             log = Log(cfg, metrics, ledger, monitor)
             evaluated = set(processes.from_first(lambda: sorted(metrics.evaluated)))
+            # The last state measured; where the limits are younger than the run, the one they begin with.
+            limits, good = cfg.train.stop_when, max(evaluated & set(checkpoints.steps()), default=begin)
+            checkpoints.pin(good)
 
-            def measure(step: int) -> None:
-                if evaluator is not None and step not in evaluated:
-                    with ledger.time("evaluate"):
-                        metrics.write(step, evaluator(current.ema, step))
-                    evaluated.add(step)
+            def measure(step: int) -> stopping.Stopped | None:
+                nonlocal good
+                if evaluator is None or step in evaluated:
+                    return None
+                with ledger.time("evaluate"):
+                    scalars = evaluator(current.ema, step)
+                    metrics.write(step, scalars)
+                evaluated.add(step)
+                if not limits:
+                    return None
+                found = agreed(lambda: stopping.exceeded(limits, scalars, step, good))
+                if found is None:
+                    good = step
+                    checkpoints.pin(step)
+                    save(step)
+                return found
 
             def save(step: int) -> None:
                 log.flush(step)
@@ -171,9 +194,13 @@ def train(
                         averages.save(snapshots.snapshot(current), snapshots.meta(cfg))
 
             try:
+                if limits and begin == 0:
+                    save(0)
                 for step in range(begin, cfg.train.steps):
                     if step > begin and cfg.train.eval_every and step % cfg.train.eval_every == 0:
-                        measure(step)
+                        early = measure(step)
+                        if early is not None:
+                            break
                     if step > begin and step % cfg.train.save_every == 0:
                         save(step)
                     store(step)  # also at the first step, whose snapshot a kill may have left unwritten
@@ -189,20 +216,54 @@ def train(
                 done = int(current.step)
                 log.flush(done)
                 stopped = stop.signal
-                if not stopped:
-                    measure(done)
-                save(done)
-                store(done)
+                if not stopped and early is None:
+                    early = measure(done)
+                if early is None:
+                    save(done)
+                    store(done)
             except Diverged as error:
                 # A state whose own next step is not finite is no good one: going on from it fails again.
                 for kept in stores:
                     kept.discard_after(error.step - 2)
                 raise
+        if early is not None:
+            monitor.say(str(early))
+            # The record first: what is discarded next is then not trained again after a kill.
+            processes.from_first(functools.partial(stopping.save, folder, early))
+            ledger.save(folder / "ledger.json")
+            return _early(early, checkpoints, stores, abstract, monitor)
         with ledger.time("checkpoint"):
             for kept in stores:
                 kept.wait()
     ledger.save(folder / "ledger.json")
     return Outcome(current, stopped)
+
+
+def agreed(ask: Callable[[], stopping.Stopped | None]) -> stopping.Stopped | None:
+    """The first process's answer, on all."""
+
+    def first() -> dict[str, Any] | None:
+        answer = ask()
+        return None if answer is None else asdict(answer)
+
+    found = processes.from_first(first)
+    return None if found is None else stopping.Stopped(**found)
+
+
+def _early(
+    early: stopping.Stopped,
+    checkpoints: checkpoint.Checkpoints,
+    stores: list[Any],
+    abstract: Any,
+    monitor: Monitor,
+) -> Outcome:
+    """Go back to the last state within all limits."""
+    for kept in stores:
+        kept.discard_after(early.kept)
+    restored = checkpoints.restore(abstract, monitor.say)
+    if restored is None:
+        raise UserError(f"{checkpoints.folder}: checkpoint {early.kept} is gone; train in a new --workdir")
+    return Outcome(restored[0], "", early)
 
 
 class Log:

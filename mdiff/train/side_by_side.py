@@ -6,6 +6,7 @@ marked and runs on unread; the others do not notice.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from mdiff import processes
 from mdiff.data.reader import Reader, make_reader
 from mdiff.data.split import save_subset
 from mdiff.errors import UserError
-from mdiff.train import checkpoint, loop, snapshots, state, workdir
+from mdiff.train import checkpoint, loop, snapshots, state, stopping, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
 from mdiff.train.preemption import StopRequest, stop_on_signal
@@ -39,7 +40,7 @@ def _slice(tree: Any, place: int) -> Any:
 
 
 class _Run:
-    """The files of one trial while it trains; `failure` is set once its loss was not finite."""
+    """The files of one trial while it trains; `failure` is set once its loss was not finite, `early` once it left a limit."""
 
     def __init__(self, trial: Trial, abstract: Any, begin: int, stack: ExitStack) -> None:
         cfg, folder, every = trial.cfg, trial.folder, trial.cfg.train.ema_every
@@ -48,6 +49,8 @@ class _Run:
         )
         self.trial, self.every = trial, every
         self.failure: loop.Diverged | None = None
+        self.early: stopping.Stopped | None = None
+        processes.from_first(functools.partial(stopping.forget, folder))  # it would not be trained otherwise
         self.ledger = processes.together(
             lambda: Ledger.load(folder / "ledger.json") if resuming else Ledger()
         )
@@ -67,9 +70,16 @@ class _Run:
         self.metrics = stack.enter_context(Metrics(folder, begin))
         self.log = loop.Log(cfg, self.metrics, self.ledger, trial.monitor)
         self.evaluated = set(processes.from_first(lambda: sorted(self.metrics.evaluated)))
+        self.good = max(self.evaluated & set(self.checkpoints.steps()), default=begin)
+        self.checkpoints.pin(self.good)
+
+    @property
+    def over(self) -> bool:
+        """Does it run on unread?"""
+        return self.failure is not None or self.early is not None
 
     def flush(self, step: int) -> None:
-        if self.failure is not None:
+        if self.over:
             return
         try:
             self.log.flush(step)
@@ -78,10 +88,22 @@ class _Run:
             for kept in self.stores:
                 kept.discard_after(error.step - 2)
 
-    def measure(self, ema: Any, step: int) -> None:
-        if self.trial.evaluator is not None:
-            self.metrics.write(step, self.trial.evaluator(ema, step))
-            self.evaluated.add(step)
+    def measure(self, ema: Any, step: int) -> bool:
+        """Measure; True when the state is to be saved, as one within limits."""
+        assert self.trial.evaluator is not None
+        scalars, limits = self.trial.evaluator(ema, step), self.trial.cfg.train.stop_when
+        self.metrics.write(step, scalars)
+        self.evaluated.add(step)
+        self.early = loop.agreed(lambda: stopping.exceeded(limits, scalars, step, self.good))
+        if self.early is not None:
+            self.trial.monitor.say(str(self.early))
+            processes.from_first(functools.partial(stopping.save, self.trial.folder, self.early))
+            for kept in self.stores:
+                kept.discard_after(self.good)
+        elif limits:
+            self.good = step
+            self.checkpoints.pin(step)
+        return bool(limits) and self.early is None
 
     def save(self, current: state.TrainState) -> None:
         if self.averages is not None:
@@ -115,6 +137,19 @@ def _clock(runs: Sequence[_Run], cause: str) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Fate:
+    """How a trial ended before the others, if it did.
+
+    Attributes:
+      diverged: its loss was not finite.
+      early: it left a limit of train.stop_when.
+    """
+
+    diverged: loop.Diverged | None
+    early: stopping.Stopped | None
+
+
 @dataclass
 class Clock:
     """Steps that this process has counted; agreed stops (`processes.preempted`) need numbers that only rise."""
@@ -124,13 +159,14 @@ class Clock:
 
 def train(
     program: Program, trials: Sequence[Trial], begin: int, say: Callable[[str], None], counted: Clock
-) -> tuple[str, list[loop.Diverged | None]]:
+) -> tuple[str, list[Fate]]:
     """Train up to `program.width` trials side by side from step `begin`, which all their folders have a checkpoint of.
 
     The order of `loop.train`: evaluate, checkpoint, next batch, step, log.
 
     Returns:
-      Name of the signal that stopped them, or "", and for each trial how it diverged, if it did: the others go on.
+      Name of the signal that stopped them, or "", and for each trial how it diverged or left a limit, if it did: the
+      others go on.
 
     Raises:
       UserError: a folder belongs to another run or cannot be written.
@@ -145,7 +181,7 @@ def train(
                 run.wait()
     for run in runs:
         run.ledger.save(run.trial.folder / "ledger.json")
-    return stopped, [run.failure for run in runs]
+    return stopped, [Fate(run.failure, run.early) for run in runs]
 
 
 def _steps(
@@ -198,7 +234,7 @@ def _steps(
         with _clock(runs, "train"):
             for values in to_host(pending):
                 for place, run in enumerate(runs):
-                    if run.failure is None:
+                    if not run.over:
                         run.log.add({name: value[place] for name, value in values.items()})
         pending.clear()
 
@@ -206,15 +242,16 @@ def _steps(
         fetch()
         for run in which:
             run.flush(step)
-        return [run for run in which if run.failure is None]
+        return [run for run in which if not run.over]
 
     def measure(which: Sequence[_Run], step: int) -> None:
         which = [run for run in which if step not in run.evaluated and run.trial.evaluator is not None]
         if which:
             with _clock(runs, "evaluate"):
                 ema = to_host(current.ema)
-                for run in which:
-                    run.measure(_slice(ema, runs.index(run)), step)
+                good = [run for run in which if run.measure(_slice(ema, runs.index(run)), step)]
+            if good:
+                save(good, step)
 
     def save(which: Sequence[_Run], step: int) -> None:
         if which := flush(which, step):
@@ -224,7 +261,7 @@ def _steps(
                     run.save(_slice(whole, runs.index(run)))
 
     def store(step: int) -> None:
-        due = [run for run in runs if run.every and step and step % run.every == 0 and run.failure is None]
+        due = [run for run in runs if run.every and step and step % run.every == 0 and not run.over]
         if due := flush(due, step) if due else []:
             with _clock(runs, "checkpoint"):
                 whole = to_host(snapshots.snapshot(current))
@@ -235,12 +272,14 @@ def _steps(
         found = []
         for run in runs:
             n = getattr(run.trial.cfg.train, every)
-            if run.failure is None and n and step % n == 0:
+            if not run.over and n and step % n == 0:
                 found.append(run)
         return found
 
     step = begin
-    while step < steps and any(run.failure is None for run in runs):
+    if begin == 0 and (first := [run for run in runs if run.trial.cfg.train.stop_when]):
+        save(first, 0)
+    while step < steps and not all(run.over for run in runs):
         if step > begin:
             measure(due("eval_every", step), step)
             if saving := due("save_every", step):
@@ -261,6 +300,6 @@ def _steps(
     alive = flush(runs, step)
     if not stop.signal:
         measure(alive, step)
-    save(alive, step)
+    save([run for run in alive if not run.over], step)
     store(step)
     return stop.signal

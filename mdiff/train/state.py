@@ -17,7 +17,7 @@ from mdiff.errors import UserError
 from mdiff.keys import key
 from mdiff.nets.denoiser import Model
 from mdiff.objectives.denoise import DrawnObjective, Draws
-from mdiff.train import ema, optim
+from mdiff.train import ema, optim, stopping
 from mdiff.train import mesh as meshes
 from mdiff.types import Array, Batch, Key, Objective, Params
 
@@ -225,3 +225,7 @@ def check(cfg: config.Train) -> None:
         raise UserError(f"train.ema_halflife = {cfg.ema_halflife}: must be above 0")
     optim.check(cfg)
     ema.check(cfg)
+    stopping.check(cfg)
+    for level in cfg.eval_levels:
+        if not level > 0:
+            raise UserError(f"train.eval_levels = {cfg.eval_levels}: noise levels are above 0")
