@@ -5,7 +5,10 @@ perfectly. The *Gaussian* one is that under a fitted normal law: it memorizes no
 "empirical with probability `share`, else Gaussian" it is their posterior-weighted mixture, whose samples are
 copies at the rate `share`: a memorizer with a known knob.
 
-All three act on images at unit signal scale, x = x0 + sigma n, and are `(x, sigma) -> x0` functions;
+The *ambient* one minimises the ambient loss over all functions: above the cutoff it knows the noisy copies exactly, and
+below it the images. Its samples are copies of training images too, whatever the cutoff.
+
+All four act on images at unit signal scale, x = x0 + sigma n, and are `(x, sigma) -> x0` functions;
 `mdiff.nets.denoiser.from_sigma_fn` makes Denoisers of them.
 """
 
@@ -48,8 +51,51 @@ def empirical(images: np.ndarray) -> SigmaFn:
     points = jnp.asarray(_flat(images), jnp.float32)
 
     def denoise(x: Array, sigma: Array) -> Array:
-        logits = -_squared_distances(_flat(x), points) / (2 * sigma[:, None] ** 2)
+        squared = _squared_distances(_flat(x), points)
+        # Counted from the nearest, whose logit is then 0 exactly. Else a compiler that works a logit out twice, in two
+        # ways, is off by more than 1 where logits are 1e7 and more, at low noise: softmax would be wrong, or NaN.
+        logits = -(squared - squared.min(axis=-1, keepdims=True)) / (2 * sigma[:, None] ** 2)
         return _dot(jax.nn.softmax(logits), points).reshape(x.shape)
+
+    return denoise
+
+
+def ambient(images: np.ndarray, noisy: np.ndarray, cutoff: float) -> SigmaFn:
+    """What minimises the ambient loss for fixed noisy copies y_i = x_i + tn n_i (arXiv 2502.21278, lemma 4.1).
+
+    Below the cutoff it is `empirical(images)`. Above, with u^2 = sigma^2 - tn^2, a = u^2 / sigma^2 and
+    w_i = softmax_i(-||x - y_i||^2 / (2 u^2)), the loss is least where a D + (1 - a) x = sum_i w_i y_i, so
+
+        D(x, sigma) = (sum_i w_i y_i - (1 - a) x) / a = x + (sum_i w_i y_i - x) / a.
+
+    Then dx/dsigma = (x - D) / sigma is dx/du = (x - sum_i w_i y_i) / u: the ordinary flow of the noisy copies in u, which ends
+    on one of them at the cutoff. At the cutoff itself a = 0 and every D is a minimum; it is that of the images there, while
+    just above it D goes to infinity as 1/u.
+
+    Args:
+      images: [N,H,W,C] float in [-1, 1].
+      noisy: [N,H,W,C] their copies at unit signal scale.
+      cutoff: tn, above 0.
+
+    Raises:
+      UserError: the cutoff is not above 0, or there are not as many copies as images.
+    """
+    if not cutoff > 0:
+        raise UserError(f"cutoff = {cutoff}: must be above 0; without noisy copies use empirical(images)")
+    if np.shape(images) != np.shape(noisy):
+        raise UserError(
+            f"noisy: shape {np.shape(noisy)} for images of {np.shape(images)}; give one copy of each image"
+        )
+    below, copies = empirical(images), empirical(noisy)
+
+    def denoise(x: Array, sigma: Array) -> Array:
+        variance = jnp.maximum(sigma - cutoff, 0.0) * (sigma + cutoff)
+        above = variance > 0
+        # Before the root and the quotient, so that what is not chosen is finite, and its gradient too.
+        variance = jnp.where(above, variance, 1.0)
+        a = (variance / sigma**2)[:, None, None, None]
+        known = x + (copies(x, jnp.sqrt(variance)) - x) / a
+        return jnp.where(above[:, None, None, None], known, below(x, sigma))
 
     return denoise
 
