@@ -230,6 +230,13 @@ def front(arguments: Sequence[str]) -> int:
     return front_command.execute(args, _command("front", arguments)["command"])
 
 
+def denoise(arguments: Sequence[str]) -> int:
+    args = parse(commands.DenoiseArgs, arguments, "mdiff denoise")
+    from mdiff.report import denoise_command
+
+    return denoise_command.execute(args, _command("denoise", arguments)["command"])
+
+
 def leakage(arguments: Sequence[str]) -> int:
     args = parse(commands.LeakageArgs, arguments, "mdiff leakage")
     from mdiff.report import leakage_command
@@ -334,6 +341,10 @@ COMMANDS = {
     "front": Command(
         front, "the front of quality and memorization over the cells of sweeps",
         "runs/sweep --out runs/sweep/front",
+    ),
+    "denoise": Command(
+        denoise, "what runs answer to the same noisy images: errors, sharpness, pictures",
+        "runs/mine runs/other --out runs/denoising",
     ),
     "leakage": Command(
         leakage, "how much noisy copies can tell about the images, at most, by cutoff",

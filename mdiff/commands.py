@@ -164,6 +164,33 @@ class LeakageArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DenoiseArgs:
+    """What runs answer to the same noisy images by noise level: errors on known and new images, sharpness, pictures.
+
+    The runs are of one source and size. Their new images are those that none of them was trained on.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of mdiff train, or a sweep's cells/NAME; errors are also compared with the first one's."""
+    out: Path
+    """Folder for denoising.json, denoising.png, denoising.svg and denoising_images.png."""
+    names: tuple[str, ...] = ()
+    """Names of the runs, one each; their folders' names when none are given."""
+    levels: tuple[float, ...] = ()
+    """Noise levels; 12 from 0.02 to 80, within the range of all runs, when none are given."""
+    draws: int = 4
+    """Draws of noise per image and level."""
+    n: int = 256
+    """Images of each side, trained on and new, at most."""
+    images: int = 8
+    """Images in the picture: half of them trained on, where all runs share some."""
+    seed: int = 0
+    """Seed of the choice of images and of their noise."""
+    confidence: float = 0.95
+    """Level of the intervals, which are over images."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareArgs:
     """Paired differences between two audited runs (second minus first), with intervals."""
 

@@ -112,6 +112,16 @@ def test_batches_bring_cutoffs_and_copies(reading):
             assert np.corrcoef(first - second, second)[0, 1] == pytest.approx(0, abs=0.25)
 
 
+def test_one_picture_has_one_cutoff():
+    """Under two ids, or mirrored: x + s n and x + t n would give x away."""
+    part = subset()
+    part.train.x[5] = part.train.x[1, :, ::-1]
+    with pytest.raises(UserError, match=r"images 3 and 9 are one picture with cutoffs 0.5 and 1"):
+        reader.make_reader(whole(cutoff=1.0, cutoff_of={3: 0.5}, batch=8), part)
+    reader.make_reader(whole(cutoff=1.0, cutoff_of={3: 0.5, 9: 0.5}, batch=8), part)
+    reader.make_reader(whole(cutoff=1.0, cutoff_of={3: 0.0}, batch=8), part)  # it is seen clean anyway
+
+
 # ------------------------------------------------------------------------------------ noise levels
 
 

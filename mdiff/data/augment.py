@@ -28,6 +28,7 @@ import zlib
 import dm_pix
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdiff import config
 from mdiff.errors import UserError
@@ -81,7 +82,7 @@ def shift(key: Key, images: dict[str, Array], pixels: int, cyclic: bool = False)
     padded = jnp.pad(joint, padding, mode="wrap" if cyclic else "reflect")
     keys = jax.random.split(key, len(joint))
     moved = jax.vmap(lambda k, image: dm_pix.random_crop(k, image, joint.shape[1:]))(keys, padded)
-    parts = jnp.split(moved, len(images), axis=-1)
+    parts = jnp.split(moved, np.cumsum([x.shape[-1] for x in images.values()])[:-1], axis=-1)
     return dict(zip(images, parts, strict=True))
 
 

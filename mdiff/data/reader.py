@@ -80,6 +80,8 @@ def _columns(cfg: config.Config, subset: Subset) -> dict[str, np.ndarray]:
             have = f"has vectors of width {width}" if width else "has no array vector"
             raise UserError(f"net.vector = {net.vector}: {train.name!r} {have}; set net.vector to {width}")
         columns["vector"] = train.vector
+    if cfg.data.degrade != "none":
+        columns["noise"] = noise_keys(np.asarray(train.x))  # whose damage; reading from disk is refused
     return columns
 
 
@@ -88,6 +90,21 @@ class _Levels:
 
     def __init__(self, cfg: config.Config, subset: Subset) -> None:
         self._cfg, self._each, self.copies = cfg, cutoffs.of_images(cfg, subset.origin), cfg.loss.copies
+
+    def check(self, noise: np.ndarray, ids: np.ndarray) -> None:
+        """The same noise at two levels would give the picture away.
+
+        Raises:
+          UserError: one picture under two ids, or its mirror image, has two cutoffs above 0.
+        """
+        seen: dict[tuple[int, int], int] = {}
+        for place in np.flatnonzero(self._each > 0):
+            first = seen.setdefault((int(noise[place, 0]), int(noise[place, 1])), int(place))
+            if self._each[first] != self._each[place]:
+                raise UserError(
+                    f"loss.cutoff_of: images {ids[first]} and {ids[place]} are one picture with cutoffs "
+                    f"{self._each[first]:g} and {self._each[place]:g}: two copies of one noise give it away; give both the same"
+                )
 
     def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
         """float32 [b]."""
@@ -112,8 +129,10 @@ class MemoryReader:
     def __init__(
         self, x: np.ndarray, columns: dict[str, np.ndarray], rows: Rows, levels: _Levels | None = None
     ) -> None:
-        copies = levels is not None and levels.copies
-        self.resident = {"x": x, **columns} | ({"noise": noise_keys(x)} if copies else {})
+        self.resident = {"x": x, **columns}
+        if levels is not None and levels.copies:
+            self.resident["noise"] = noise_keys(x)
+            levels.check(self.resident["noise"], columns["id"])
         self._rows, self._levels = rows, levels
 
     def batch(self, step: int) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdiff import config
-from mdiff.data import augment
+from mdiff.data import augment, damage
 from mdiff.data.degrade import noisy_copy
 from mdiff.types import Array, Batch, Key, to_float
 
@@ -87,7 +87,7 @@ def gather(resident: dict[str, Array], rows: dict[str, Array]) -> dict[str, Arra
 
     Returns:
       `x` uint8 [B,H,W,C], `id` [B]; `label` [B] and `vector` [B,V] if the network is conditioned on them; with
-      ambient training `noise` uint32 [B,3] and `cutoff` float32 [B].
+      ambient training `noise` uint32 [B,3] and `cutoff` float32 [B]; with data.degrade `noise`.
     """
     found = {name: column for name, column in rows.items() if name != "index"}
     if "index" in rows:
@@ -96,27 +96,37 @@ def gather(resident: dict[str, Array], rows: dict[str, Array]) -> dict[str, Arra
 
 
 def finish(raw: dict[str, Array], key: Key, cfg: config.Config) -> Batch:
-    """Floats, fixed noisy copies, then augmentations. Pure; trace it in a jit.
+    """Floats, fixed noisy copies or fixed damage, then augmentations. Pure; trace it in a jit.
 
     Args:
       raw: from `gather`.
       key: randomness of the augmentation, new at every step.
-      cfg: uses data.flip, data.shift, data.augment, the loss's cutoffs and seed, which is that of the noisy copies.
+      cfg: uses data.flip, data.shift, data.augment, data.degrade, the loss's cutoffs and seed, which is that of the
+        noisy copies and of the damage.
 
     Returns:
       `raw` with `x` float32 [B,H,W,C] in [-1, 1]; with ambient training also `y` [B,H,W,C], the noisy copies; with
       data.augment also `augment` [B,9], what was done to `x` and not to `y` (see `mdiff.data.augment`):
-      where a loss uses `y`, the network is to be told zeros.
+      where a loss uses `y`, the network is to be told zeros. With data.degrade `x` is damaged, and `seen` [B,H,W,1]
+      and `told` [B,H,W,1] are what is seen of it and what is left of that to the network (`mdiff.data.damage`).
     """
     images = {"x": jnp.asarray(to_float(raw["x"]))}
     raw = dict(raw)
     if cfg.loss.copies:
         # Before the augmentations: noise on a flipped image would be a second draw, which leaks (degrade.py).
         images["y"] = noisy_copy(images["x"], raw.pop("noise"), raw["cutoff"], cfg.seed, cfg.loss.ladder)
+    harm = damage.make(cfg)
+    if harm is not None:
+        # Before the augmentations, A~ too: all three move together, so that the blocks of both are of one grid.
+        # A part of a block of B that is not part of a block of A would tell which pixels A hides.
+        seen = harm.fixed(raw.pop("noise"), cfg.seed, *images["x"].shape[1:3])
+        told = harm.more(augment.stream(key, "further"), seen)
+        images = {"x": harm.apply(images["x"], seen), "seen": seen, "told": told}
     if cfg.data.flip:
         images = augment.flip(key, images)
     if cfg.data.shift:
-        images = augment.shift(augment.stream(key, "shift"), images, cfg.data.shift, cyclic=cfg.loss.copies)
+        cyclic = cfg.loss.copies or harm is not None
+        images = augment.shift(augment.stream(key, "shift"), images, cfg.data.shift, cyclic)
     if cfg.data.augment:
         warped, told = augment.non_leaky(augment.stream(key, "augment"), images["x"], cfg.data.augment)
         images |= {"x": warped, "augment": told}

@@ -8,6 +8,10 @@ s = sigma / alpha. Multiplied out, with the data's standard deviation sd, it is 
 
 Otherwise F is x0, eps, v or the velocity itself, of a network that sees xt (for the variance-exploding process
 xt / sqrt(1 + sigma^2)) and 1000 t.
+
+A model of damaged images (`mdiff.data.damage`) also sees, in one more channel, what is left of xt. All of the above
+have an output that fades with the noise level, x0 = skip xt + gain F with gain -> 0, since xt then says what x0 is.
+It does not where a pixel is hidden: there the gain is that of pure noise, sd for EDM's and else 1, or more.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from mdiff import config
+from mdiff.data import damage as damages
 from mdiff.errors import UserError
 from mdiff.nets import dit, unet
 from mdiff.nets.check import check
@@ -45,6 +50,7 @@ class Model:
       shape: (H, W, C) of one image.
       prediction: what the output stands for, as in `config.Net`.
       uncertainty: module `(c_noise [B]) -> u [B]` of the learned loss weight, or None.
+      damage: how the images it is trained on are damaged, or None.
     """
 
     net: nn.Module
@@ -54,11 +60,12 @@ class Model:
     shape: tuple[int, int, int]
     prediction: str = "edm"
     uncertainty: nn.Module | None = None
+    damage: damages.Damage | None = None
 
     def init(self, key: Key) -> Params:
         """Fresh parameters: `{"net": …}`, `{"embedding": …}` of conditions, `{"uncertainty": …}` of the loss."""
         key_net, key_embedding = jax.random.split(key)
-        x, c, cond = jnp.zeros((1, *self.shape)), jnp.zeros((1,)), None
+        x, c, cond = self._blank(), jnp.zeros((1,)), None
         params = {}
         if self.embedding is not None:
             params["embedding"] = self.embedding.init(key_embedding, {}, 1)["params"]
@@ -109,7 +116,7 @@ class Model:
 
     def gates(self) -> Params:
         """All gates of the network, set to one: the identity ablation."""
-        x, c = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
+        x, c = self._blank(), jnp.zeros((1,))
         shapes = jax.eval_shape(lambda: self.net.init(jax.random.key(0), x, c))[GATES]
         return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
 
@@ -123,12 +130,13 @@ class Model:
         attn_bias: Params | None = None,
         taps: tuple[str, ...] = (),
         dropout_key: Key | None = None,
+        seen: Array | None = None,
     ) -> tuple[Prediction, dict[str, Array]]:
         """Denoise, optionally with an ablation and with activations returned.
 
         Args:
           params: from `init`.
-          xt: [B,H,W,C] noisy images.
+          xt: [B,H,W,C] noisy images; with `seen` what is seen of them, A~ xt.
           t: [B] times in [0, 1].
           cond: [B,E] condition, already embedded; None is the null condition.
           gates: a pytree like `gates()`; None leaves every neuron on.
@@ -136,11 +144,16 @@ class Model:
             [B,heads,Q,K].
           taps: glob patterns over activation names, such as "mid8_0/hidden" or "*/attention/map".
           dropout_key: turns dropout on; None is deterministic.
+          seen: [B,H,W,1], for a model of damaged images: A~ (`Damage`). None is nothing hidden, which such a model
+            never met in training: its answer is an extrapolation.
 
         Returns:
           The prediction, and `{name: activation}` of the requested taps.
         """
         x, c_noise = self._inputs(xt, t)
+        if self.damage is not None:
+            seen = self.damage.nothing(xt) if seen is None else seen
+            x = jnp.concatenate([x, seen.astype(x.dtype)], axis=-1)
         cond = self.condition(params, {}, n=len(xt)) if cond is None else cond
         variables: dict[str, Any] = {"params": params["net"]}
         if gates is not None:
@@ -158,7 +171,16 @@ class Model:
         )
         named = named_leaves(state.get(TAPS, {}))
         tapped = {name: leaf for name, leaf in named if any(fnmatch.fnmatch(name, tap) for tap in taps)}
-        return self._complete(xt, out.astype(jnp.float32), t), tapped
+        out = out.astype(jnp.float32)
+        if self.damage is not None and seen is not None:
+            # The networks give as many channels as they take: that of `seen` is left over.
+            out = out[..., : xt.shape[-1]] * self._lift(self.damage.hidden(seen), t)
+        return self._complete(xt, out, t), tapped
+
+    def _blank(self) -> Array:
+        """Zeros [1,H,W,·] as wide as what the network sees."""
+        height, width, channels = self.shape
+        return jnp.zeros((1, height, width, channels + (self.damage is not None)))
 
     def _inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
         """What the network sees: the image at unit scale [B,H,W,C], and the noise level's number [B]."""
@@ -179,14 +201,33 @@ class Model:
         x0 = bcast(alpha * sd**2 / scale**2, xt) * xt + bcast(sigma * sd / scale, xt) * out
         return self.process.from_x0(xt, x0, t)
 
+    def _lift(self, hidden: Array, t: Array) -> Array:
+        """What the output is multiplied with, [B,H,W,1]: 1, or more where a pixel is hidden and the gain too small."""
+        one = jnp.ones((len(t), 1, 1, 1))
+        gain = jnp.abs(self._complete(jnp.zeros_like(one), one, t).x0)
+        least = self.sigma_data if self.prediction == "edm" else 1.0
+        return jnp.where(hidden, jnp.maximum(least / jnp.maximum(gain, 1e-20), 1.0), 1.0)
+
     def _scale(self, alpha: Array, sigma: Array) -> Array:
         return jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
 
-    def denoiser(self, params: Params, gates: Params | None = None) -> Denoiser:
-        """The restriction samplers and probes see: `(xt, t, cond) -> Prediction`."""
+    def denoiser(self, params: Params, gates: Params | None = None, seen: Array | None = None) -> Denoiser:
+        """The restriction samplers and probes see: `(xt, t, cond) -> Prediction`.
+
+        Args:
+          params: from `init`.
+          gates: as in `apply`.
+          seen: [B,H,W,1], for a model of damaged images: each xt [B,H,W,C] is looked at through this one A~. A batch
+            k times as long has k rows in turn for each (guidance asks for pairs).
+        """
 
         def denoise(xt: Array, t: Array, cond: Array | None = None) -> Prediction:
-            return self.apply(params, xt, t, cond, gates)[0]
+            if self.damage is None or seen is None:
+                return self.apply(params, xt, t, cond, gates)[0]
+            through = jnp.repeat(seen, len(xt) // len(seen), axis=0)
+            visible = self.damage.apply(xt, through)
+            x0 = self.apply(params, visible, t, cond, gates, seen=through)[0].x0
+            return self.process.from_x0(xt, x0, t)
 
         return denoise
 
@@ -214,6 +255,7 @@ def make_model(cfg: config.Config, channels: int) -> Model:
         shape=(cfg.data.size, cfg.data.size, channels),
         prediction=net.prediction,
         uncertainty=LevelUncertainty() if cfg.loss.level_weight == "learned" else None,
+        damage=damages.make(cfg),
     )
 
 

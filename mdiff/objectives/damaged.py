@@ -1,4 +1,4 @@
-"""Training on damaged images with further corruption (Ambient Diffusion, arXiv 2305.19256, eq. 3.2).
+"""Training on damaged images with further corruption (Ambient Diffusion, arXiv 2305.19256, section 3).
 
 Of each image only A x0 is there. The network gets A~ xt = A~ x0 + sigma A~ eps, with A~ = B A and a new B at every
 step, and A~ itself; its estimate D of the whole image is compared with what there is, A D with A x0 (see
@@ -55,7 +55,7 @@ def squared_error(model: Model, params: Params, draws: Draws, batch: Batch) -> t
     guess = model.apply(params, scaled, t, cond, dropout_key=key, seen=told)[0].x0
     square = jnp.square(damage.apply(guess, seen) - x).mean(-1, keepdims=True)
     there = jnp.ones_like(seen) if damage.kind == "blur" else seen
-    share = square / there.sum((1, 2, 3), keepdims=True)
+    share = square / jnp.maximum(there.sum((1, 2, 3), keepdims=True), 1.0)
     hidden = damage.hidden(told)
     return jnp.where(hidden, 0.0, share).sum((1, 2, 3)), jnp.where(hidden, share, 0.0).sum((1, 2, 3))
 

@@ -6,8 +6,10 @@ At each noise level sigma the same fixed noise is added to training and to held-
 
 It is 1 for a denoiser that knows the law and no images, and grows as images are learned by heart; it needs no
 sampling, and says at which noise levels it happens. The noise is the same at every call, so a curve over training
-moves because the network does. Interval: the two sets are independent, so the logarithm of the ratio of their means
-has the standard error sqrt(v_h / m_h^2 + v_t / m_t^2), v the variances of the means over images (delta method).
+moves because the network does; it belongs to the image, so that a set may grow and its noise stays. Interval: the two
+sets are independent, so the logarithm of the ratio of their means has the standard error sqrt(v_h / m_h^2 + v_t / m_t^2),
+v the variances of the means over images (delta method), and Student's quantile with Welch's degrees of freedom (Welch
+1947, Biometrika 34:28).
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import stdtrit
 
 from mdiff.keys import key
 from mdiff.process.gaussian import GaussianProcess, bcast
 from mdiff.types import Array, Denoiser, Estimate
+
+RESOLVED = float(np.finfo(np.float32).eps) ** 2
+"""Squared errors of pixels in [-1, 1] below this are rounding: they count as this much, so that no ratio is infinite."""
 
 
 def fixed_noise(seed: int, draw: int | Array, ids: Array, shape: tuple[int, ...]) -> Array:
@@ -92,22 +97,29 @@ class Gap:
 
 def gap(train: np.ndarray, heldout: np.ndarray, levels: tuple[float, ...], confidence: float = 0.95) -> Gap:
     """The gap from errors of training images [L,N] and held-out images [L,M], of at least 2 images each."""
-    z = float(ndtri(0.5 + confidence / 2))
-    train, heldout = np.asarray(train, np.float64), np.asarray(heldout, np.float64)
+    train, heldout = (np.maximum(np.asarray(side, np.float64), RESOLVED) for side in (train, heldout))
     logs = np.log(heldout.mean(1)) - np.log(train.mean(1))
     # What each image adds to the logarithm, to first order: levels share images, so their sums share errors.
     ours, theirs = (side / side.mean(1, keepdims=True) - 1 for side in (train, heldout))
 
-    def error(a: np.ndarray, b: np.ndarray) -> float:
-        return math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-
-    def estimate(log: float, half: float) -> Estimate:
-        return Estimate(math.exp(log), math.exp(log - z * half), math.exp(log + z * half), train.shape[1])
+    def estimate(log: float, a: np.ndarray, b: np.ndarray) -> Estimate:
+        half = _half(a, b, confidence)
+        return Estimate(math.exp(log), math.exp(log - half), math.exp(log + half), train.shape[1])
 
     return Gap(
         levels=levels,
-        ratio=[estimate(float(log), error(a, b)) for log, a, b in zip(logs, ours, theirs, strict=True)],
+        ratio=[estimate(float(log), a, b) for log, a, b in zip(logs, ours, theirs, strict=True)],
         train=train.mean(1).tolist(),
         heldout=heldout.mean(1).tolist(),
-        overall=estimate(float(logs.mean()), error(ours.mean(0), theirs.mean(0))),
+        overall=estimate(float(logs.mean()), ours.mean(0), theirs.mean(0)),
     )
+
+
+def _half(a: np.ndarray, b: np.ndarray, confidence: float) -> float:
+    """Half the width of Welch's interval of the difference of two independent means, from their samples [N], [M]."""
+    parts = [(rows.var(ddof=1) / len(rows), len(rows) - 1) for rows in (a, b)]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return 0.0
+    freedom = variance**2 / sum(part**2 / less for part, less in parts)
+    return float(stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variance)

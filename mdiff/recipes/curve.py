@@ -17,13 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh as DeviceMesh
 
 from mdiff.features.pixel import flatten
 from mdiff.features.spaces import make_features
+from mdiff.keys import keys
 from mdiff.nets.denoiser import Model
 from mdiff.probes import audit as audits
 from mdiff.probes import gap as gaps
 from mdiff.probes import intervals, neighbours, quality, sets
+from mdiff.probes.sets import Side
 from mdiff.recipes.generate import draw, make_generator
 from mdiff.recipes.measure import audit_rules
 from mdiff.recipes.runs import Experiment
@@ -75,23 +78,24 @@ def _of_generations(experiment: Experiment) -> dict[str, Callable[[np.ndarray], 
     if held >= 2:
         heldout = np.asarray(subset.heldout.x)
         found["control"] = audits.ratio_rule(heldout, rules, "heldout", n)
-        found["excess"] = _excess(
-            train, sets.reference(heldout, rules, "heldout", n).images, rules.confidence
-        )
+        # As many of each: a larger set is nearer by its size alone.
+        sides = ((train, "train", held), (heldout, "heldout", n))
+        found["excess"] = _excess(*(sets.reference(x, rules, name, most) for x, name, most in sides))
         found["quality"] = _quality(experiment, train, heldout)
     return found
 
 
-def _excess(train: np.ndarray, heldout: np.ndarray, confidence: float) -> Callable[[np.ndarray], Estimate]:
+def _excess(train: Side, heldout: Side) -> Callable[[np.ndarray], Estimate]:
     """Distance to the nearest of M held-out images less that to the nearest of M training images."""
-    size = min(len(train), len(heldout))  # a larger set is nearer by its size alone
-    ours, theirs = flatten(train[:size]), flatten(heldout[:size])
+
+    def distance(rows: np.ndarray, side: Side) -> np.ndarray:
+        return neighbours.nearest_with_flips(rows, side.rows, side.mirrored, 1).dist[:, 0]
 
     def excess(generated: np.ndarray) -> Estimate:
         rows = flatten(generated)
-        nearer = neighbours.nearest(rows, theirs, 1)[0][:, 0] - neighbours.nearest(rows, ours, 1)[0][:, 0]
+        nearer = distance(rows, heldout) - distance(rows, train)
         return intervals.bootstrap(
-            intervals.mean(nearer), len(nearer), n_resamples=RESAMPLES, confidence=confidence
+            intervals.mean(nearer), len(nearer), n_resamples=RESAMPLES, confidence=train.config.confidence
         )
 
     return excess
@@ -121,33 +125,48 @@ def _gap_measure(experiment: Experiment) -> Callable[[Params], gaps.Gap] | None:
     if count < 2 or not cfg.train.eval_levels:
         return None
     sides = (subset.train.take(np.arange(count)), subset.heldout.take(np.arange(count)))
-    images = np.concatenate([np.asarray(side.x) for side in sides])
-    entries: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {
+        "x": np.concatenate([np.asarray(side.x) for side in sides]),
+        "id": np.concatenate([side.id for side in sides]),  # of the source: an image's noise is its own
+    }
     for name in ("label", "vector"):
-        columns = [getattr(side, name) for side in sides]
-        if all(column is not None for column in columns):
-            entries[name] = np.concatenate(columns)
+        found = [getattr(side, name) for side in sides]
+        if all(column is not None for column in found):
+            columns[name] = np.concatenate(found)
     on = mesh.make_mesh(cfg.mesh)
-    program = _gap_program(experiment.model, cfg.train.eval_levels, mesh.replicated(on))
-    fixed = mesh.place(
-        ({"x": images, "id": np.arange(2 * count, dtype=np.int32)}, entries), mesh.replicated(on)
-    )
+    program = _gap_program(experiment.model, cfg.train.eval_levels, on)
+    # Equal parts, as large as a batch of generations may be; what they are filled up with is not read.
+    parts = -(-2 * count // cfg.sample.batch)
+    size = -(-2 * count // (parts * mesh.batch_devices(on))) * mesh.batch_devices(on)
+    rows = np.minimum(np.arange(parts * size), 2 * count - 1).reshape(parts, size)
+    placed = [
+        mesh.place({name: column[part] for name, column in columns.items()}, mesh.replicated(on))
+        for part in rows
+    ]
 
     def measure(params: Params) -> gaps.Gap:
-        found = np.asarray(program(params, *fixed))
-        return gaps.gap(found[:, :count], found[:, count:], cfg.train.eval_levels, cfg.audit.confidence)
+        wrong = np.concatenate([np.asarray(program(params, part)) for part in placed], axis=1)
+        ours, theirs = wrong[:, :count], wrong[:, count : 2 * count]
+        return gaps.gap(ours, theirs, cfg.train.eval_levels, cfg.audit.confidence)
 
     return measure
 
 
 @functools.lru_cache(maxsize=8)  # the cells of a sweep share one compilation
-def _gap_program(model: Model, levels: tuple[float, ...], whole: Any) -> Any:
-    """Jitted `(params, {x, id}, entries of conditions) -> errors [L,N]`."""
+def _gap_program(model: Model, levels: tuple[float, ...], on: DeviceMesh) -> Any:
+    """Jitted `(params, {x uint8 [N,H,W,C], id, conditions}) -> errors [L,N]`, split over the devices by image."""
 
-    @functools.partial(jax.jit, out_shardings=whole)
-    def program(params: Params, images: dict[str, Array], entries: dict[str, Array]) -> Array:
-        x0 = to_float(images["x"])
-        cond = model.condition(params, entries, n=len(x0))
-        return gaps.errors(model.process, model.denoiser(params), x0, images["id"], levels, cond=cond)  # type: ignore[arg-type]
+    @functools.partial(jax.jit, out_shardings=mesh.replicated(on))
+    def program(params: Params, batch: dict[str, Array]) -> Array:
+        batch = jax.lax.with_sharding_constraint(batch, mesh.batch_sharding(on))
+        ids, x0 = batch["id"], to_float(batch["x"])
+        entries = {name: column for name, column in batch.items() if name not in ("id", "x")}
+        cond = model.condition(params, entries, n=len(ids))
+        seen = None
+        if model.damage is not None:  # such a model is asked as it was trained: through damage
+            seen = model.damage.fresh(keys(0, "gap damage", ids), *model.shape[:2])
+        denoiser = model.denoiser(params, seen=seen)
+        with mesh.activations_on(on):
+            return gaps.errors(model.process, denoiser, x0, ids, levels, cond=cond)  # type: ignore[arg-type]
 
     return program

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mdiff import config
 from mdiff.errors import UserError
-from mdiff.objectives import ambient
+from mdiff.objectives import damaged
 from mdiff.recipes.curve import memorization_curve
 from mdiff.recipes.generate import make_generator, sample, write_pngs
 from mdiff.recipes.measure import (
@@ -62,17 +62,29 @@ def train(
             )
         params = load_params(init_from, monitor, like=model, on=cfg.mesh)[0]
         _say_what_was_seen(cfg, init_from, monitor)
-    objective = ambient.make(model, cfg)
+    objective = damaged.make(model, cfg)
     evaluator = memorization_curve(experiment)
     return loop.train(cfg, model, objective, experiment.subset, folder, monitor, evaluator, params, guard)
 
 
+_COPIES = ("cutoff", "cutoff_of", "cutoff_stages", "clean", "clean_share")
+"""What decides which noisy copies a run sees, beside data and seed."""
+
+
 def _say_what_was_seen(cfg: config.Config, init_from: Path, monitor: loop.Monitor) -> None:
-    """One draw of noise per image protects it only if no earlier training saw the image or another draw."""
+    """One draw of noise per image protects it only if no earlier training saw the image or another copy.
+
+    Another cutoff is another copy, also a higher one: the same noise at two levels gives the image away (`data.degrade`).
+    """
     before = run_config(init_from)
-    kept = before.loss.cutoff >= cfg.loss.cutoff and (before.data, before.seed) == (cfg.data, cfg.seed)
-    if cfg.loss.cutoff and not kept:
+    same = all(getattr(before.loss, name) == getattr(cfg.loss, name) for name in _COPIES)
+    if cfg.loss.copies and not (same and (before.data, before.seed) == (cfg.data, cfg.seed)):
         monitor.say(
             f"--init-from {init_from}: its cutoff is {before.loss.cutoff:g}, its seed {before.seed}: what it saw of the "
-            "images above the new cutoff stays in its weights; ambient training protects none of it"
+            "images above the new cutoff, clean or as other copies, stays in its weights; ambient training protects none of it"
+        )
+    if cfg.data.degrade != "none" and (before.data, before.seed) != (cfg.data, cfg.seed):
+        monitor.say(
+            f"--init-from {init_from}: its data or its seed {before.seed} are others: what it saw of pixels that are "
+            "hidden now stays in its weights"
         )

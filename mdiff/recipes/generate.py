@@ -48,6 +48,10 @@ def sample_program(
 ) -> Any:
     """A jitted `(params, sample index int32 [B]) -> images [B,H,W,C]`; sample i is the same in any batch.
 
+    A model of damaged images is asked through the kind of A~ that it was trained with: each sample draws one and keeps
+    it at all steps (the fixed mask sampler of arXiv 2305.19256), and is the last estimate of the whole
+    image. With nothing hidden the model is not defined: training compares no such answer with anything.
+
     Args:
       model: the network.
       cfg: the sampler.
@@ -60,7 +64,10 @@ def sample_program(
     def generate(params: Params, index: Array) -> Array:
         if split is not None:
             index = jax.lax.with_sharding_constraint(index, split)
-        denoiser = model.denoiser(params)
+        seen = None
+        if model.damage is not None:
+            seen = model.damage.fresh(keys(cfg.seed, "sample damage", index), *model.shape[:2])
+        denoiser = model.denoiser(params, seen=seen)
         if cfg.guidance != 1:
             null, span = model.condition(params, {}, n=1), (cfg.guidance_min, cfg.guidance_max)
             denoiser = guidance.classifier_free(denoiser, null, cfg.guidance, model.process, *span)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mdiff import config
-from mdiff.data import augment, source
+from mdiff.data import augment, damage, source
 from mdiff.data.split import Subset, load_subset, split
 from mdiff.errors import UserError
 from mdiff.features import spaces
@@ -17,7 +17,7 @@ from mdiff.nets.denoiser import Model, make_model
 from mdiff.objectives import ambient
 from mdiff.process import laws
 from mdiff.sample import guidance, sampler
-from mdiff.train import checkpoint, loop, mesh, optim, snapshots, state, workdir
+from mdiff.train import checkpoint, loop, mesh, optim, snapshots, state, stopping, workdir
 from mdiff.types import Params
 
 
@@ -35,6 +35,7 @@ def check_fields(cfg: config.Config) -> None:
     config.check_values(cfg)
     laws.check(cfg.process)
     ambient.check(cfg.loss, cfg.process)
+    damage.check(cfg)
     state.check(cfg.train)
     sampler.check(cfg.sample)
     guidance.check(cfg.sample, cfg.net)
@@ -57,12 +58,14 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     augment.check(cfg.data)
     model = make_model(cfg, images.x.shape[-1])
     subset = split(cfg.data, images) if record is None else load_subset(record, images)
+    stopping.check_data(cfg.train, len(subset.heldout))
     if cfg.net.classes:
         found = -1 if images.label is None else int(images.label.max())
         if found < 0 or found >= cfg.net.classes:
             have = "has no labels" if found < 0 else f"has labels up to {found}"
             fix = "set net.classes to 0" if found < 0 else f"set net.classes to {found + 1}"
             raise UserError(f"net.classes = {cfg.net.classes}: {cfg.data.source!r} {have}; {fix}")
+    damage.check_images(cfg, subset.train.x, subset.train.id)
     return Experiment(cfg, subset, model)
 
 
@@ -126,8 +129,11 @@ def load_params(
     if like is not None:
         ours, theirs = (jax.eval_shape(lambda m=m: m.init(jax.random.key(0))) for m in (like, model))
         if jax.tree.map(lambda leaf: leaf.shape, ours) != jax.tree.map(lambda leaf: leaf.shape, theirs):
+            also = ""
+            if (like.damage is None) != (model.damage is None):  # one channel more, or one less
+                also = f", and data.degrade {stored.config.data.degrade}"
             raise UserError(
-                f"--init-from {path}: its network differs from the config's net; use its net.* fields"
+                f"--init-from {path}: its network differs from the config's net; use its net.* fields{also}"
             )
     settings = stored.config.train
     optimizer = optim.make_optimizer(settings)

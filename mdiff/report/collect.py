@@ -23,7 +23,7 @@ from mdiff.files import locate, strict
 from mdiff.probes import records, verdicts
 from mdiff.probes.records import ProbeResult
 from mdiff.probes.results import FORMAT
-from mdiff.train import metrics
+from mdiff.train import metrics, stopping
 from mdiff.types import Estimate
 
 MEMORIZATION = ("memorized", "control", "excess")
@@ -46,6 +46,7 @@ class Run:
       ledger: `ledger.json` (empty when there is none).
       evaluation: `evaluation.json`: step sampled, how, versions (empty when there is none).
       probes: every `probe_NAME.json`, by name.
+      early: `stopped.json`: why training ended early (empty when it did not).
     """
 
     name: str
@@ -60,6 +61,7 @@ class Run:
     ledger: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, ProbeResult] = field(default_factory=dict)
+    early: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -137,7 +139,13 @@ def read_run(name: str, folder: Path) -> Run:
         ledger=_read_json(folder / "ledger.json"),
         evaluation=_read_json(folder / "evaluation.json"),
         probes=probes,
+        early=_early(folder),
     )
+
+
+def _early(folder: Path) -> dict[str, Any]:
+    found = stopping.read(folder)
+    return {} if found is None else {**asdict(found), "text": str(found)}
 
 
 def as_json(run: Run) -> dict[str, Any]:
@@ -171,6 +179,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "versions": run.record.get("versions") or {},
         "sha256": hashes(run.subset),
         "digests": run.audit.get("digests") or {},
+        "stopped": {k: v for k, v in run.early.items() if k != "text"} or None,
         "ledger": run.ledger or None,
         "folder": str(run.folder),
         "curve": sorted(

@@ -81,7 +81,7 @@ def training(runs: Sequence[Run]) -> Plot | None:
     has_loss, has_points = any(run.losses for run in runs), any(run.points for run in runs)
     if not has_loss and not has_points:
         return None
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(5.2, 2.2 * (has_loss + has_points) + 0.4), layout="constrained")
         panels = list(np.atleast_1d(figure.subplots(has_loss + has_points, 1, sharex=True)))
         if has_loss:
@@ -91,8 +91,8 @@ def training(runs: Sequence[Run]) -> Plot | None:
         panels[-1].set_xlabel("training step")
         entries = [(color(i), "-", run.name) for i, run in enumerate(runs) if run.losses or run.points]
         control = any(row.get("control") is not None for run in runs for row in run.points)
-        _legend(panels[0], entries + [_CONTROL] * control)
-        return _svg(figure)
+        legend(panels[0], entries + [_CONTROL] * control + kept(panels, runs))
+        return svg(figure)
 
 
 def similarity(runs: Sequence[Run], space: str, kind: str) -> Plot | None:
@@ -111,7 +111,7 @@ def similarity(runs: Sequence[Run], space: str, kind: str) -> Plot | None:
     ]
     if not drawn:
         return None
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.subplots()
         for i, _, part, (grid, middle, low, high) in drawn:
@@ -125,8 +125,8 @@ def similarity(runs: Sequence[Run], space: str, kind: str) -> Plot | None:
         axes.set_xlabel("least cosine similarity τ" if space == "cosine" else "greatest RMS distance δ")
         symbol = "τ" if space == "cosine" else "δ"
         axes.set_ylabel(f"{kind.upper()}({symbol})")
-        _legend(axes, entries + [_CONTROL] * control)
-        return _svg(figure)
+        legend(axes, entries + [_CONTROL] * control)
+        return svg(figure)
 
 
 def ratios(runs: Sequence[Run]) -> Plot | None:
@@ -134,7 +134,7 @@ def ratios(runs: Sequence[Run]) -> Plot | None:
     drawn = [(i, run) for i, run in enumerate(runs) if run.arrays.get("ratio") is not None]
     if not drawn:
         return None
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
         axes = figure.subplots()
         control = False
@@ -155,8 +155,8 @@ def ratios(runs: Sequence[Run]) -> Plot | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("ratio: distance to the nearest / to the second nearest image")
         axes.set_ylabel("generations with a ratio below")
-        _legend(axes, entries)
-        return _svg(figure)
+        legend(axes, entries)
+        return svg(figure)
 
 
 def probe_curve(curves: Sequence[tuple[int, str, Curve]]) -> Plot | None:
@@ -165,7 +165,7 @@ def probe_curve(curves: Sequence[tuple[int, str, Curve]]) -> Plot | None:
     Args:
       curves: (run number, run name, curve), all of one title.
     """
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.subplots()
         lines = list(dict.fromkeys(line.name for *_, curve in curves for line in curve.series))
@@ -185,8 +185,8 @@ def probe_curve(curves: Sequence[tuple[int, str, Curve]]) -> Plot | None:
             ink = _INK if entries else color(curves[0][0])
             entries += [(ink, _DASHES[k % len(_DASHES)], name) for k, name in enumerate(lines)]
         axes.set_xlabel(curves[0][2].x_label)
-        _legend(axes, entries)
-        return _svg(figure)
+        legend(axes, entries)
+        return svg(figure)
 
 
 def cumulative(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -200,6 +200,15 @@ def cumulative(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(1), np.zeros(1)
     kept = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), _POINTS)).round().astype(int))
     return np.append(0.0, ordered[kept]), np.append(0.0, (kept + 1) / len(ordered))
+
+
+def kept(panels: Sequence[Axes], runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """A line at the step that each run was stopped early and went back to, and the entry that explains it."""
+    marked = [(color(i), run.early["kept"]) for i, run in enumerate(runs) if "kept" in run.early]
+    for axes in panels:
+        for ink, step in marked:
+            axes.axvline(step, color=ink, lw=1.2, ls=":")
+    return [(_CONTROL[0], ":", "kept by early stopping")] if marked else []
 
 
 def _losses(axes: Axes, runs: Sequence[Run]) -> None:
@@ -223,16 +232,16 @@ def _points(axes: Axes, runs: Sequence[Run]) -> None:
     for i, run in enumerate(runs):
         if not run.points:
             continue
-        steps, middle = _columns(run.points, "step", "memorized")
+        steps, middle = columns(run.points, "step", "memorized")
         axes.plot(steps, middle, color=color(i), lw=1.5, marker=MARKERS[i % len(MARKERS)], ms=4)
         ends = ("memorized_low", "memorized_high")
         band = [row for row in run.points if all(row.get(end) is not None for end in ends)]
         if band:
-            at, low, high = _columns(band, "step", *ends)
+            at, low, high = columns(band, "step", *ends)
             axes.fill_between(at, low, high, color=color(i), alpha=0.15, lw=0)
         known = [row for row in run.points if row.get("control") is not None]
         if known:
-            axes.plot(*_columns(known, "step", "control"), "--", color=color(i), lw=1.2)
+            axes.plot(*columns(known, "step", "control"), "--", color=color(i), lw=1.2)
     axes.set_ylim(-0.03, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("memorized")
@@ -241,7 +250,7 @@ def _points(axes: Axes, runs: Sequence[Run]) -> None:
 def _whiskers(rows: Sequence[tuple[str, Any, int, bool]], label: str, percent: bool) -> Plot | None:
     if not rows:
         return None
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(5.2, 0.3 * len(rows) + 0.75), layout="constrained")
         axes = figure.subplots()
         for place, (_, value, i, filled) in enumerate(rows):
@@ -250,7 +259,7 @@ def _whiskers(rows: Sequence[tuple[str, Any, int, bool]], label: str, percent: b
             face = color(i) if filled else "white"
             marker = MARKERS[i % len(MARKERS)]
             axes.plot(value.value, place, marker, color=color(i), mfc=face, mew=1.6, ms=7, clip_on=False)
-        axes.set_yticks(range(len(rows)), labels=[_short(name) for name, *_ in rows])
+        axes.set_yticks(range(len(rows)), labels=[short(name) for name, *_ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel(label)
         if percent:
@@ -260,19 +269,20 @@ def _whiskers(rows: Sequence[tuple[str, Any, int, bool]], label: str, percent: b
             axes.axvline(0, color=_INK, lw=0.8)
             axes.margins(x=0.08)
         axes.grid(False, axis="y")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _curve(run: Run, space: str, side: str, kind: str) -> np.ndarray | None:
     """[4,T]: thresholds, value, low, high; None when the audit has no such curve."""
     tree = ((run.audit.get("curves") or {}).get(space) or {}).get(side) or {}
-    columns = ("tau", kind, f"{kind}_low", f"{kind}_high")
-    if not all(tree.get(column) for column in columns):
+    names = ("tau", kind, f"{kind}_low", f"{kind}_high")
+    if not all(tree.get(name) for name in names):
         return None
-    return np.array([tree[column] for column in columns], np.float64)
+    return np.array([tree[name] for name in names], np.float64)
 
 
-def _columns(rows: Iterable[Mapping[str, Any]], *names: str) -> tuple[np.ndarray, ...]:
+def columns(rows: Iterable[Mapping[str, Any]], *names: str) -> tuple[np.ndarray, ...]:
+    """Entries `names` of each row, each as float64 [N]."""
     table = np.array([[row[name] for name in names] for row in rows], np.float64)
     return tuple(table.T)
 
@@ -284,18 +294,19 @@ def _thin(rows: np.ndarray) -> np.ndarray:
     return np.array(blocks).T
 
 
-def _legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
+def legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
+    """Lines above the axes, as (colour, dash, name)."""
     # Texts are set afterwards: matplotlib leaves out labels that begin with "_".
     handles = [Line2D([], [], color=ink, ls=dash, lw=1.8) for ink, dash, _ in entries]
-    names = [_short(name) for *_, name in entries]
-    columns = len(names) if sum(map(len, names)) <= 50 - 6 * len(names) else 2
+    names = [short(name) for *_, name in entries]
+    across = len(names) if sum(map(len, names)) <= 50 - 6 * len(names) else 2
     legend = axes.legend(
         handles,
         [str(i) for i in range(len(names))],
         frameon=False,
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
-        ncols=columns,
+        ncols=across,
         columnspacing=1.2,
         borderaxespad=0.3,
     )
@@ -303,11 +314,13 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
         text.set_text(name)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name that fits into a legend."""
     return name if len(name) <= 40 else name[:39] + "…"
 
 
-def _style() -> Any:
+def style() -> Any:
+    """How all figures of the page look."""
     return {
         "font.size": 9.5,
         "axes.spines.top": False,
@@ -327,7 +340,8 @@ def _style() -> Any:
     }
 
 
-def _svg(figure: Figure) -> Plot:
+def svg(figure: Figure) -> Plot:
+    """The figure as a document, the same for the same results."""
     FigureCanvasSVG(figure)
     stream = io.StringIO()
     # No date in the file: the same results give the same page.

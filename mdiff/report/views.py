@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mdiff.report import figures, probed, words
+from mdiff.report import along_figures, figures, probed, words
 from mdiff.report.collect import Run
 from mdiff.report.html import data_uri, encode
 from mdiff.types import Estimate
@@ -146,6 +146,8 @@ def _facts(run: Run, entry: Mapping[str, Any]) -> str:
         parts.append(
             f"ambient, cutoff at σ = {config['cutoff']:g}" if config["cutoff"] else "no noise cutoff"
         )
+    if run.early:
+        parts.append(run.early["text"])
     return " · ".join(parts)
 
 
@@ -217,6 +219,10 @@ def embedded(*named: tuple[str, str, figures.Plot | None]) -> list[dict[str, Any
 def curve_figures(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     return {
         "training": embedded(("", "Loss and memorized fraction over training steps", figures.training(runs))),
+        "along": embedded(
+            ("", "Excess, quality and loss gap over training steps", along_figures.measures(runs)),
+            ("", "Loss gap over the noise level, one line per measured step", along_figures.levels(runs)),
+        ),
         "ratio": embedded(("ratio", "Cumulative distribution of the distance ratio", figures.ratios(runs))),
         **{
             space: embedded(

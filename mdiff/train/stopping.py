@@ -63,8 +63,8 @@ def save(folder: Path, stopped: Stopped) -> None:
     write_json(folder / FILE, {name: _plain(value) for name, value in asdict(stopped).items()})
 
 
-def load(folder: Path, cfg: config.Train) -> Stopped | None:
-    """Why the run in `folder` ended early, as long as its limits are not raised.
+def read(folder: Path) -> Stopped | None:
+    """Why the run in `folder` ended early; None when it did not.
 
     Raises:
       UserError: the record is damaged.
@@ -74,11 +74,16 @@ def load(folder: Path, cfg: config.Train) -> Stopped | None:
         return None
     try:
         tree = json.loads(path.read_text())
-        stopped = Stopped(**{**tree, "value": math.nan if tree["value"] is None else tree["value"]})
+        return Stopped(**{**tree, "value": math.nan if tree["value"] is None else tree["value"]})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); delete it to let the run go on") from None
-    limit = cfg.stop_when.get(stopped.measure)
-    return stopped if limit is not None and not stopped.value <= limit else None
+
+
+def load(folder: Path, cfg: config.Train) -> Stopped | None:
+    """As `read`, as long as the limits are not raised."""
+    stopped = read(folder)
+    limit = None if stopped is None else cfg.stop_when.get(stopped.measure)
+    return stopped if stopped is not None and limit is not None and not stopped.value <= limit else None
 
 
 def forget(folder: Path) -> None:
