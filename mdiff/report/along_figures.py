@@ -94,7 +94,8 @@ def _line(axes: Axes, run: Run, number: int, name: str) -> None:
     axes.plot(*figures.columns(rows, "step", name), color=color(number), lw=1.5, marker=marker, ms=4)
     ends = f"{name}_low", f"{name}_high"
     if band := _known(run, name, *ends):
-        axes.fill_between(*figures.columns(band, "step", *ends), color=color(number), alpha=0.15, lw=0)
+        at, low, high = figures.columns(band, "step", *ends)
+        axes.fill_between(at, low, high, color=color(number), alpha=0.15, lw=0)
 
 
 def _table(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

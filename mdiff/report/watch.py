@@ -21,7 +21,7 @@ from rich.text import Text
 
 from mdiff.errors import UserError
 from mdiff.files import modified
-from mdiff.train import metrics
+from mdiff.train import metrics, stopping
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BEFORE = {"checkpoints", "stderr.log", "tensorboard"}  # what a run has before its config.json
@@ -34,14 +34,14 @@ class Snapshot:
 
     Attributes:
       name: as given on the command line.
-      state: "waiting", "starting", "training", "stalled?" or "trained".
+      state: "waiting", "starting", "training", "stalled?", "trained", or "stopped early" by train.stop_when.
       step: newest logged step.
       steps: steps in all.
       losses: newest losses, oldest first.
       speed: images per second of training steps.
       left: estimated seconds to the last step, or None.
       age: seconds since the newest row, or None.
-      memorized: newest measurement while training: step, and value, low, high of memorized and control.
+      measured: newest measurement while training: step, and all of its numbers, such as memorized, memorized_low, gap.
       seconds: by cause, of the ledger.
       checkpoint: newest complete checkpoint.
       audited: whether there is an audit.json.
@@ -56,7 +56,7 @@ class Snapshot:
     speed: float | None = None
     left: float | None = None
     age: float | None = None
-    memorized: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     checkpoint: int | None = None
     audited: bool = False
@@ -64,7 +64,7 @@ class Snapshot:
 
     @property
     def done(self) -> bool:
-        return self.state == "trained"
+        return self.state in ("trained", "stopped early")
 
 
 def look(folder: Path, now: float) -> Snapshot:
@@ -103,9 +103,12 @@ def look(folder: Path, now: float) -> Snapshot:
             age = max(0.0, now - modified(folder / "metrics.jsonl"))
     saved = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
     checkpoint = max(saved, default=None)
+    early = stopping.read(folder)
     trained = step >= steps and (checkpoint is None or checkpoint >= steps)
     quiet = max(_LEAST, _PATIENCE * int(train["log_every"]) * batch / speed) if speed else math.inf
-    if trained or (checkpoint is not None and checkpoint >= steps):
+    if early is not None:
+        state = "stopped early"
+    elif trained or (checkpoint is not None and checkpoint >= steps):
         state = "trained"
     elif not losses:
         state = "starting"
@@ -123,12 +126,13 @@ def look(folder: Path, now: float) -> Snapshot:
         steps=steps,
         losses=tuple(row["loss"] for row in losses),
         speed=speed,
-        left=None if state == "trained" or not speed else (steps - step) * batch / speed * overhead,
+        left=None if not speed or early or state == "trained" else (steps - step) * batch / speed * overhead,
         age=age,
-        memorized={} if not points else _point(points[-1]),
+        measured={} if not points else _point(points[-1]),
         seconds=seconds,
         checkpoint=checkpoint,
         audited=(folder / "audit.json").is_file(),
+        note="" if early is None else str(early),
     )
 
 
@@ -230,6 +234,7 @@ _COLORS = {
     "training": "green",
     "stalled?": "bold red",
     "trained": "blue",
+    "stopped early": "blue",
 }
 
 
@@ -275,8 +280,10 @@ def _lines(run: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
         speed.append(f"newest row {duration(run.age)} old")
     if speed:
         lines.append(("speed", Text(", ".join(speed), "red" if run.state == "stalled?" else "")))
-    if run.memorized:
-        lines.append(("memorized", Text(_rates(run.memorized))))
+    if run.measured:
+        lines.append(("memorized", Text(_rates(run.measured))))
+    if "gap" in run.measured:
+        lines.append(("loss gap", Text(_gap(run.measured))))
     if run.checkpoint is not None:
         lines.append(("checkpoint", Text(f"step {run.checkpoint:,}")))
     if total := sum(run.seconds.values()):
@@ -284,6 +291,18 @@ def _lines(run: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
         shares = [f"{cause} {100 * s / total:.0f} %" for cause, s in spent if s >= 0.005 * total]
         lines.append(("time", Text(f"{duration(total)}: {', '.join(shares)}")))
     return lines
+
+
+def _gap(point: dict[str, float]) -> str:
+    """Held-out over training error, and at which noise level it is largest."""
+    text = f"{point['gap']:.3g}"
+    if "gap_low" in point and "gap_high" in point:
+        text += f" [{point['gap_low']:.3g}, {point['gap_high']:.3g}]"
+    each = {name: value for name, value in point.items() if name.startswith("gap@")}
+    if each:
+        most = max(each, key=lambda name: each[name])
+        text += f", largest at σ = {most.removeprefix('gap@')}: {each[most]:.3g}"
+    return text
 
 
 def _rates(point: dict[str, float]) -> str:
