@@ -26,7 +26,7 @@ def train(arguments: Sequence[str]) -> int:
         monitor = this.monitor
         made = this.prepare(args.workdir, lambda: experiment.prepare(args.fields))
         outcome = experiment.train(made, args.workdir, monitor, args.init_from, this.check)
-        if outcome.stopped:
+        if outcome.stopped and outcome.early is None:
             monitor.say(
                 f"{outcome.stopped}: saved step {int(outcome.state.step)} of {args.fields.train.steps}"
             )

@@ -27,7 +27,8 @@ Key: TypeAlias = jax.Array  # a typed key, `jax.random.key`
 Params: TypeAlias = Any  # a pytree of arrays
 Batch: TypeAlias = Mapping[str, Array]
 """`{"x": [B,H,W,C], "id": [B], …}`. `id` names the training image and travels to every result.
-Optional entries: `y` [B,H,W,C], the fixed degraded copy; the conditions `label` [B], an integer class, `vector`
+Optional entries: `y` [B,H,W,C], the fixed noisy copy, and `cutoff` [B], its noise level; `seen` and `told` [B,H,W,1], what
+damage leaves of the image and of that to the network (`mdiff.data.damage`); the conditions `label` [B], an integer class, `vector`
 [B,V], and `augment` [B,9], what the augmentation did to `x` (`mdiff.data.augment`)."""
 
 

@@ -26,6 +26,15 @@ KINDS = ("ve", "vp_linear", "vp_cosine", "flow")
 LEVELS = (0.05, 0.7, 6.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def haste():
+    """Each program runs once: compiling is what takes time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
     """What `answers` needs of a model, around a denoiser in closed form."""
@@ -297,4 +306,3 @@ def test_a_run_without_a_checkpoint(runs, tmp_path, capsys):
 def test_settings_by_hand_are_checked():
     with Monitor(quiet=True) as monitor, pytest.raises(UserError, match="--seed -1: give 0 or more"):
         denoising.compare({}, denoising.Settings(seed=-1), monitor)
-    assert jax.default_backend() == "cpu"

@@ -1,6 +1,8 @@
 """Early stopping: the rule, the loop's way back, kills, raised limits, and trials side by side that end apart."""
 
 import math
+import os
+import signal
 
 import jax
 import numpy as np
@@ -48,7 +50,9 @@ def test_the_first_limit_that_is_left_is_named():
     found = stopping.exceeded({"memorized": 0.3, "gap": 1.39}, scalars, 7, 5)
     assert found == stopping.Stopped(7, "gap", 1.4, 1.39, 5)
     assert str(found) == "gap 1.4 at step 7 is above 1.39: stopped early; the state of step 5 is kept"
-    assert "untrained" in str(stopping.exceeded({"gap": 1.0}, scalars, 7, 0))
+    untrained = str(stopping.exceeded({"gap": 1.0}, scalars, 7, 0))
+    assert untrained.endswith("step 0 is kept, the untrained one: lower train.eval_every")
+    assert str(stopping.Stopped(7, "quality", 1.0, 0.5, 0)).endswith("raise train.eval_every")
     assert stopping.exceeded({"gap": 1.5}, {"eval/gap": math.nan}, 7, 5).measure == "gap"
 
 
@@ -186,6 +190,61 @@ def _after_two(kill):
         return original(self, step) if len(calls) < 2 else kill()
 
     return discard
+
+
+@pytest.mark.parametrize(("values", "kept"), [(RISING, 10), ({**RISING, 15: 0.0}, 15)])
+def test_a_signal_that_comes_with_a_measurement_changes_nothing(values, kept, tmp_path):
+    """The loop stops before it measures step 15; the next call does so first."""
+    cfg = stopping_at(0.1)
+    stop = lab.Watch(15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    found = lab.run(tmp_path, cfg, stop, scripted(values))
+    assert (found.stopped, found.early, int(found.state.step)) == ("SIGTERM", None, 15)
+    evaluate = scripted(values)
+    found = lab.run(tmp_path, cfg, evaluator=evaluate)
+    assert evaluate.asked[0] == 15 and found.early.kept == kept
+    assert lab.saved(tmp_path)[-1] == kept
+
+
+def test_a_signal_while_the_measurement_that_ends_it_runs_is_passed_on(tmp_path):
+    """A sweep must hear of it."""
+
+    def evaluate(params, step):
+        if step == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"eval/memorized": RISING[step]}
+
+    found = lab.run(tmp_path, stopping_at(0.1), evaluator=evaluate)
+    assert found.stopped == "SIGTERM" and found.early.kept == 10 and lab.saved(tmp_path) == [10]
+
+
+def test_killed_between_the_record_and_the_row(tmp_path, monkeypatch):
+    cfg = stopping_at(0.1)
+    write = lab.metrics.Metrics.write
+
+    def killed(self, step, scalars):
+        if step == 15 and "eval/memorized" in scalars:
+            raise SystemExit
+        write(self, step, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.metrics.Metrics, "write", killed)
+        with pytest.raises(SystemExit):
+            lab.run(tmp_path, cfg, evaluator=scripted(RISING))
+    evaluate = scripted(RISING)
+    assert lab.run(tmp_path, cfg, evaluator=evaluate).early.kept == 10
+    assert evaluate.asked == [] and lab.saved(tmp_path) == [10]
+
+
+def test_a_run_that_is_beyond_its_new_limits_is_left_alone(tmp_path):
+    lab.run(tmp_path, lab.training(steps=20, eval_every=5), evaluator=scripted(RISING))
+    before = lab.listing(tmp_path)
+    with pytest.raises(UserError) as caught:
+        lab.run(tmp_path, stopping_at(0.5), evaluator=scripted(RISING))
+    assert "memorized 0.5: the run in" in lab.one_line(caught)
+    assert "is beyond it already (0.6 at step 20); raise the limit" in str(caught.value)
+    assert lab.listing(tmp_path) == before
+    found = lab.run(tmp_path, stopping_at(0.7), evaluator=scripted(RISING))
+    assert found.early.kept == 20
 
 
 def test_limits_that_are_younger_than_the_run(tmp_path):

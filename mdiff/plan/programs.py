@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from mdiff import config, flops
 from mdiff.errors import UserError
 from mdiff.nets.denoiser import Model, make_model
-from mdiff.objectives import ambient
+from mdiff.objectives import damaged
 from mdiff.probes import ablation
 from mdiff.recipes import generate
 from mdiff.sample import sampler
@@ -79,7 +79,7 @@ def build(part: str, cfg: config.Config, channels: int, devices: list[Any], swee
 
 def _train(cfg: config.Config, model: Model, devices: list[Any], _: Sweep) -> Program:
     mesh = meshes.make_mesh(cfg.mesh, devices)
-    program = train_program(cfg, model, ambient.make(model, cfg), mesh)
+    program = train_program(cfg, model, damaged.make(model, cfg), mesh)
     whole, split = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 
     def images(n: int, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
@@ -88,6 +88,8 @@ def _train(cfg: config.Config, model: Model, devices: list[Any], _: Sweep) -> Pr
             columns["label"] = ((n,), jnp.int32)
         if cfg.net.vector:
             columns["vector"] = ((n, cfg.net.vector), jnp.float32)
+        if cfg.loss.copies or cfg.data.degrade != "none":
+            columns["noise"] = ((n, 3), jnp.uint32)
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
             for name, (shape, dtype) in columns.items()
@@ -100,13 +102,15 @@ def _train(cfg: config.Config, model: Model, devices: list[Any], _: Sweep) -> Pr
         planted = cfg.data.planted_flips, cfg.data.planted_crops
         resident = images(cfg.data.n + sum(sum(each.values()) for each in planted), whole)
         rows = {"index": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split)}
+    if cfg.loss.ambient:
+        rows["cutoff"] = jax.ShapeDtypeStruct((batch,), jnp.float32, sharding=split)
     args = (program.abstract, resident, rows)
     executed = useful = flops.count(program.step, *args, padding=False).total
     if cfg.net.remat != "none":
         plain = replace(cfg, net=replace(cfg.net, remat="none"))
         model = replace(model, net=make_model(plain, model.shape[-1]).net)
         useful = flops.count(
-            train_program(plain, model, ambient.make(model, plain), mesh).step, *args, padding=False
+            train_program(plain, model, damaged.make(model, plain), mesh).step, *args, padding=False
         ).total
     state = program.abstract
     holds = {

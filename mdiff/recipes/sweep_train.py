@@ -10,7 +10,7 @@ import jax
 
 from mdiff import processes
 from mdiff.errors import UserError
-from mdiff.objectives import ambient
+from mdiff.objectives import damaged
 from mdiff.recipes import experiment
 from mdiff.recipes.sweep_plan import Mode, Plan
 from mdiff.train import checkpoint, loop, mesh, side_by_side
@@ -107,7 +107,7 @@ def _trial(sweep: Plan, board: Board, name: str) -> Trial:
         name=name,
         cfg=made.config,
         model=made.model,
-        objective=ambient.make,
+        objective=damaged.make,
         subset=made.subset,
         folder=sweep.where(name),
         monitor=CellMonitor(name, board),
@@ -201,7 +201,7 @@ def _together(
             elif fate.early is not None:
                 record.set(trial.name, state="trained", step=fate.early.kept, early=str(fate.early))
             elif not stopped:
-                record.set(trial.name, state="trained", step=trial.cfg.train.steps)
+                record.set(trial.name, state="trained", step=trial.cfg.train.steps, early=None)
         record.save()
         board.ended()
         board.show()
@@ -234,7 +234,8 @@ def _in_turn(sweep: Plan, board: Board, names: Sequence[str]) -> str:
             record.set(name, state="failed", reason=_line(error))
         else:
             step, early = int(outcome.state.step), outcome.early and str(outcome.early)
-            record.set(name, step=step, state="training" if outcome.stopped else "trained", early=early)
+            over = early or not outcome.stopped
+            record.set(name, step=step, state="trained" if over else "training", early=early)
             if outcome.stopped:
                 return outcome.stopped
             del outcome  # its state would take memory beside the next one's

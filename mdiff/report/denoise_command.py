@@ -117,7 +117,7 @@ def notes(found: Denoising) -> list[str]:
     )
     lines = [
         f"Errors are of {which}, and of {len(found.heldout)} that none was trained on; "
-        f"{found.settings.draws} draws of noise each, the same for all runs."
+        f"{found.settings.draws} draw{'s' * (found.settings.draws > 1)} of noise each, the same for all runs."
     ]
     for run in found.runs:
         worst = max(range(len(levels)), key=lambda i: run.gap.ratio[i].value)

@@ -28,7 +28,7 @@ from mdiff.nets.denoiser import Model
 from mdiff.train import checkpoint, mesh, snapshots, state, stopping, workdir
 from mdiff.train.ledger import Ledger
 from mdiff.train.metrics import Metrics
-from mdiff.train.preemption import stop_on_signal
+from mdiff.train.preemption import StopRequest, stop_on_signal
 from mdiff.train.program import train_program
 from mdiff.trees import nbytes, size
 from mdiff.types import Array, Evaluator, Objective, Params
@@ -64,7 +64,7 @@ class Outcome:
 
     Attributes:
       state: the state it ended in.
-      stopped: name of the signal that stopped it early, or "".
+      stopped: name of the signal that came, or ""; the run is unfinished then, unless `early` says why it ended.
       early: why `train.stop_when` ended it, or None.
     """
 
@@ -127,7 +127,9 @@ def train(
         early = agreed(lambda: stopping.load(folder, cfg.train))
         if early is not None:
             monitor.say(f"{early}; raise train.stop_when to go on")
-            return _early(early, checkpoints, stores, abstract, monitor)
+            return _early(early, checkpoints, stores, abstract, monitor, stop)
+        newest = max(checkpoints.steps(), default=0)
+        processes.from_first(lambda: stopping.check_run(folder, cfg.train, newest))
         processes.from_first(lambda: stopping.forget(folder))
         restored = checkpoints.restore(abstract, monitor.say)
         current = program.fresh() if restored is None else restored[0]
@@ -165,12 +167,17 @@ def train(
                     return None
                 with ledger.time("evaluate"):
                     scalars = evaluator(current.ema, step)
-                    metrics.write(step, scalars)
-                evaluated.add(step)
-                if not limits:
-                    return None
+                if limits:
+                    log.flush(step)  # a state that diverged is not to be judged
                 found = agreed(lambda: stopping.exceeded(limits, scalars, step, good))
-                if found is None:
+                if found is not None:
+                    # The record before the row and before anything is discarded: after a kill it all is done or none.
+                    if guard is not None:
+                        processes.from_first(guard)
+                    processes.from_first(functools.partial(stopping.save, folder, found))
+                metrics.write(step, scalars)
+                evaluated.add(step)
+                if limits and found is None:
                     good = step
                     checkpoints.pin(step)
                     save(step)
@@ -197,7 +204,8 @@ def train(
                 if limits and begin == 0:
                     save(0)
                 for step in range(begin, cfg.train.steps):
-                    if step > begin and cfg.train.eval_every and step % cfg.train.eval_every == 0:
+                    # Also at the first step: a signal that came with it left it unmeasured.
+                    if step and cfg.train.eval_every and step % cfg.train.eval_every == 0:
                         early = measure(step)
                         if early is not None:
                             break
@@ -228,10 +236,8 @@ def train(
                 raise
         if early is not None:
             monitor.say(str(early))
-            # The record first: what is discarded next is then not trained again after a kill.
-            processes.from_first(functools.partial(stopping.save, folder, early))
             ledger.save(folder / "ledger.json")
-            return _early(early, checkpoints, stores, abstract, monitor)
+            return _early(early, checkpoints, stores, abstract, monitor, stop)
         with ledger.time("checkpoint"):
             for kept in stores:
                 kept.wait()
@@ -256,6 +262,7 @@ def _early(
     stores: list[Any],
     abstract: Any,
     monitor: Monitor,
+    stop: StopRequest,
 ) -> Outcome:
     """Go back to the last state within all limits."""
     for kept in stores:
@@ -263,7 +270,7 @@ def _early(
     restored = checkpoints.restore(abstract, monitor.say)
     if restored is None:
         raise UserError(f"{checkpoints.folder}: checkpoint {early.kept} is gone; train in a new --workdir")
-    return Outcome(restored[0], "", early)
+    return Outcome(restored[0], stop.signal, early)
 
 
 class Log:

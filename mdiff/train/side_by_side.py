@@ -47,6 +47,7 @@ class _Run:
         resuming, averaged = processes.from_first(
             lambda: [workdir.check(folder, cfg, nbytes(abstract)), bool(every) or snapshots.stored(folder)]
         )
+        processes.from_first(lambda: stopping.check_run(folder, cfg.train, begin))
         self.trial, self.every = trial, every
         self.failure: loop.Diverged | None = None
         self.early: stopping.Stopped | None = None
@@ -92,12 +93,13 @@ class _Run:
         """Measure; True when the state is to be saved, as one within limits."""
         assert self.trial.evaluator is not None
         scalars, limits = self.trial.evaluator(ema, step), self.trial.cfg.train.stop_when
-        self.metrics.write(step, scalars)
-        self.evaluated.add(step)
         self.early = loop.agreed(lambda: stopping.exceeded(limits, scalars, step, self.good))
         if self.early is not None:
             self.trial.monitor.say(str(self.early))
             processes.from_first(functools.partial(stopping.save, self.trial.folder, self.early))
+        self.metrics.write(step, scalars)
+        self.evaluated.add(step)
+        if self.early is not None:
             for kept in self.stores:
                 kept.discard_after(self.good)
         elif limits:
@@ -246,6 +248,9 @@ def _steps(
 
     def measure(which: Sequence[_Run], step: int) -> None:
         which = [run for run in which if step not in run.evaluated and run.trial.evaluator is not None]
+        if judged := [run for run in which if run.trial.cfg.train.stop_when]:
+            flush(judged, step)  # a state that diverged is not to be judged
+            which = [run for run in which if not run.over]
         if which:
             with _clock(runs, "evaluate"):
                 ema = to_host(current.ema)
@@ -280,10 +285,10 @@ def _steps(
     if begin == 0 and (first := [run for run in runs if run.trial.cfg.train.stop_when]):
         save(first, 0)
     while step < steps and not all(run.over for run in runs):
-        if step > begin:
+        if step:
             measure(due("eval_every", step), step)
-            if saving := due("save_every", step):
-                save(saving, step)
+        if step > begin and (saving := due("save_every", step)):
+            save(saving, step)
         store(step)
         with _clock(runs, "data"):
             rows = next_rows(step)

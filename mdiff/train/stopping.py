@@ -16,6 +16,7 @@ from pathlib import Path
 from mdiff import config
 from mdiff.errors import UserError
 from mdiff.files import write_json
+from mdiff.train import metrics
 
 FILE = "stopped.json"
 MEASURES = ("memorized", "control", "excess", "quality", "gap")
@@ -41,10 +42,11 @@ class Stopped:
     kept: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.measure} {self.value:.4g} at step {self.step} is above {self.limit:g}: stopped early; the state of "
-            f"step {self.kept} is kept" + ("" if self.kept else ", the untrained one: lower train.eval_every")
-        )
+        text = f"{self.measure} {self.value:.4g} at step {self.step} is above {self.limit:g}: stopped early; the state of "
+        if self.kept:
+            return f"{text}step {self.kept} is kept"
+        fix = "raise" if self.measure == "quality" else "lower"  # it begins bad; the others end so
+        return f"{text}step 0 is kept, the untrained one: {fix} train.eval_every"
 
 
 def exceeded(
@@ -56,6 +58,25 @@ def exceeded(
         if not value <= limit:  # a NaN is not within its limit
             return Stopped(step, measure, float(value), limit, kept)
     return None
+
+
+def check_run(folder: Path, cfg: config.Train, step: int) -> None:
+    """Raises UserError when the run in `folder`, which goes on from `step`, is known to be beyond its limits already.
+
+    Ending it there would keep a state that is not within them; the older ones may be gone.
+    """
+    measured = [row for row in metrics.read(folder / "metrics.jsonl") if row["step"] <= step]
+    measured = [row for row in measured if any(name.startswith("eval/") for name in row)]
+    if not measured:
+        return
+    found = exceeded(
+        {m: v for m, v in cfg.stop_when.items() if f"eval/{m}" in measured[-1]}, measured[-1], step, 0
+    )
+    if found is not None:
+        raise UserError(
+            f"train.stop_when: {found.measure} {found.limit:g}: the run in {folder} is beyond it already "
+            f"({found.value:.4g} at step {measured[-1]['step']}); raise the limit, or train in a new --workdir"
+        )
 
 
 def save(folder: Path, stopped: Stopped) -> None:
