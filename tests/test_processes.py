@@ -61,7 +61,7 @@ def start_job(env, logs: Path, count: int, devices: int, arguments, differing=()
 
 def end_job(started: list[subprocess.Popen], logs: Path, code: int = 0) -> list[str]:
     """What each process said, without what the CPU's collectives say about themselves."""
-    codes = [process.wait(timeout=300) for process in started]
+    codes = [process.wait(timeout=600) for process in started]
     texts = [(logs / f"{index}.log").read_text() for index in range(len(started))]
     assert codes == [code] * len(started), texts
     noise = ("Gloo", "connected to", "preemption_notifier")  # of compiled libraries
