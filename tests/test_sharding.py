@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mdiff import config
+from mdiff.data.degrade import noise_keys
 from mdiff.errors import UserError
 from mdiff.nets.denoiser import make_model
 from mdiff.objectives import ambient
@@ -38,7 +39,9 @@ def arrays(n: int = 6):
         "id": np.arange(n, dtype=np.int32),
         "label": rng.integers(0, 3, n).astype(np.int32),
     }
-    return resident, {"index": rng.integers(0, n, 8).astype(np.int32)}
+    resident["noise"] = noise_keys(resident["x"])
+    rows = {"index": rng.integers(0, n, 8).astype(np.int32), "cutoff": np.full(8, 0.7, np.float32)}
+    return resident, rows
 
 
 def one_step(cfg, objective=None, unroll=False):
