@@ -29,12 +29,15 @@ def column(value, n):
 
 
 def test_the_reverse_run_ends_in_the_noisy_law():
-    """From x0 + sigma n the exact denoiser's reverse diffusion draws from the law of x0 + sigma' n."""
+    """From x0 + sigma n the exact denoiser's reverse diffusion draws from the law of x0 + sigma' n.
+
+    Its steps are of first order: 64 of them end with a spread 1.4 % too small, 256 with 0.4 %.
+    """
     n, sigma, target = 20_000, 2.0, 0.3
     rng = np.random.default_rng(0)
     x = jnp.asarray(np.hypot(STD, sigma) * rng.normal(size=(n, 1, 1, 1)), jnp.float32)
     found = np.asarray(
-        jax.jit(lambda x: consistency.reverse(exact, x, column(sigma, n), column(target, n), 64, KEY))(x)
+        jax.jit(lambda x: consistency.reverse(exact, x, column(sigma, n), column(target, n), 256, KEY))(x)
     ).ravel()
     assert found.std() == pytest.approx(np.hypot(STD, target), rel=0.02)
     assert stats.kstest(found[:2000] / found.std(), "norm").pvalue > 1e-3
