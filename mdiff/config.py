@@ -38,6 +38,13 @@ class Data:
     """Held-out images, disjoint from the training ones: the audit's control."""
     seed: int = 0
     """Seed of the draw into training and held-out images."""
+    skip: int = 0
+    """Images of that draw passed over before the training ones: 100 and n 100 is disjoint from 0 and n 100."""
+    labels: Literal["own", "clusters", "random", "redrawn", "unique"] = "own"
+    """Labels trained with (net.classes of them): the source's own, clusters of pixels, random but fixed, random and drawn anew at
+    every visit, or one for each image (arXiv 2310.02664, section 4)."""
+    label_noise: float = 0.0
+    """Share of the training images whose label is replaced, for good, by a random one: a mitigation, and a control."""
     flip: bool = False
     """Mirror each training image left-right half of the time."""
     shift: int = 0

@@ -14,6 +14,7 @@ FLOORS = {
         "trees",
         "fields",
         "config",
+        "side",
         "files",
         "console",
         "flops",
