@@ -49,8 +49,9 @@ class Subset:
 def split(config: config_lib.Data, images: Images) -> Subset:
     """Draws training and held-out images by seed, and plants copies.
 
-    One permutation of the set is drawn from the seed; the first n are trained on and the next `heldout`
-    are held out. So the training images of a smaller n are the first of those of a larger one.
+    One permutation of the set is drawn from the seed; after `skip` of its images, n are trained on and the next
+    `heldout` are held out. So the training images of a smaller n are the first of those of a larger one, and two
+    runs that differ in `skip` by n or more share none.
 
     Where the set knows families (images that are the same but for, say, skin tone), no held-out image may have a
     twin among the training images. Whole families are dealt to the two sides first, by seed and whatever their
@@ -61,7 +62,7 @@ def split(config: config_lib.Data, images: Images) -> Subset:
     With config.reading "memory" the drawn images are in memory afterwards, wherever `images` are.
 
     Args:
-      config: uses n, heldout, seed, reading, duplicates, planted_flips and planted_crops; n counts originals.
+      config: uses n, skip, heldout, seed, reading, duplicates, planted_flips and planted_crops; n counts originals.
       images: the whole set.
 
     Raises:
@@ -72,18 +73,27 @@ def split(config: config_lib.Data, images: Images) -> Subset:
         raise UserError(f"data.n = {config.n}: too few training images; set data.n to 2 or more")
     if config.heldout < 0:
         raise UserError(f"data.heldout = {config.heldout}: is negative; set data.heldout to 0 or more")
+    if config.skip < 0:
+        raise UserError(f"data.skip = {config.skip}: is negative; set data.skip to 0 or more")
+    total -= config.skip
+    less = f" after data.skip = {config.skip}" if config.skip else ""
     if config.n > total:
         raise UserError(
-            f"data.n = {config.n}: {images.name!r} has {total} images; set data.n to {total} or fewer"
+            f"data.n = {config.n}: {images.name!r} has {total} images{less}; set data.n to {total} or fewer"
         )
     if config.n + config.heldout > total:
         raise UserError(
-            f"data.n = {config.n} and data.heldout = {config.heldout}: {images.name!r} has {total} images; "
+            f"data.n = {config.n} and data.heldout = {config.heldout}: {images.name!r} has {total} images{less}; "
             f"set data.heldout to {total - config.n} or fewer"
         )
-    order = permutation(config.seed, "split", 0, total)
-    first, rest = order[: config.n], order[config.n :]
+    order = permutation(config.seed, "split", 0, len(images))
+    first, rest = order[config.skip : config.skip + config.n], order[config.skip + config.n :]
     if images.family is not None:
+        if config.skip:
+            raise UserError(
+                f"data.skip = {config.skip}: {images.name!r} has families, whose members could come to both halves; "
+                "set data.skip to 0"
+            )
         first, rest = _by_family(images.family, order, config)
         for field, wanted, found in (("n", config.n, len(first)), ("heldout", config.heldout, len(rest))):
             if found < wanted:

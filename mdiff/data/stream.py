@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -101,7 +102,7 @@ def finish(raw: dict[str, Array], key: Key, cfg: config.Config) -> Batch:
     Args:
       raw: from `gather`.
       key: randomness of the augmentation, new at every step.
-      cfg: uses data.flip, data.shift, data.augment, data.degrade, the loss's cutoffs and seed, which is that of the
+      cfg: uses data.flip, data.shift, data.augment, data.degrade, data.labels, the loss's cutoffs and seed, which is that of the
         noisy copies and of the damage.
 
     Returns:
@@ -112,6 +113,10 @@ def finish(raw: dict[str, Array], key: Key, cfg: config.Config) -> Batch:
     """
     images = {"x": jnp.asarray(to_float(raw["x"]))}
     raw = dict(raw)
+    if cfg.data.labels == "redrawn":
+        raw["label"] = jax.random.randint(
+            augment.stream(key, "labels"), raw["label"].shape, 0, cfg.net.classes
+        )
     if cfg.loss.copies:
         # Before the augmentations: noise on a flipped image would be a second draw, which leaks (degrade.py).
         images["y"] = noisy_copy(images["x"], raw.pop("noise"), raw["cutoff"], cfg.seed, cfg.loss.ladder)

@@ -70,8 +70,7 @@ def probe(name: str, experiment: Experiment, folder: Path, monitor: loop.Monitor
     subset, classes = experiment.subset, experiment.config.net.classes
     generated, _ = load(folder)
     labels = None
-    if classes:
-        assert subset.train.label is not None and subset.heldout.label is not None
+    if classes and subset.train.label is not None and subset.heldout.label is not None:
         labels = {
             "generated": np.arange(len(generated)) % classes,
             "train": subset.train.label,

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mdiff import config
-from mdiff.data import augment, damage, source
+from mdiff.data import augment, damage, labels, source
 from mdiff.data.split import Subset, load_subset, split
 from mdiff.errors import UserError
 from mdiff.features import spaces
@@ -36,6 +36,7 @@ def check_fields(cfg: config.Config) -> None:
     laws.check(cfg.process)
     ambient.check(cfg.loss, cfg.process)
     damage.check(cfg)
+    labels.check(cfg)
     state.check(cfg.train)
     sampler.check(cfg.sample)
     guidance.check(cfg.sample, cfg.net)
@@ -59,12 +60,7 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     model = make_model(cfg, images.x.shape[-1])
     subset = split(cfg.data, images) if record is None else load_subset(record, images)
     stopping.check_data(cfg.train, len(subset.heldout))
-    if cfg.net.classes:
-        found = -1 if images.label is None else int(images.label.max())
-        if found < 0 or found >= cfg.net.classes:
-            have = "has no labels" if found < 0 else f"has labels up to {found}"
-            fix = "set net.classes to 0" if found < 0 else f"set net.classes to {found + 1}"
-            raise UserError(f"net.classes = {cfg.net.classes}: {cfg.data.source!r} {have}; {fix}")
+    subset = labels.relabel(cfg, subset)
     damage.check_images(cfg, subset.train.x, subset.train.id)
     return Experiment(cfg, subset, model)
 
