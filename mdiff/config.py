@@ -234,6 +234,19 @@ class Train:
     """Early stopping: measure -> limit, such as memorized 0.1; ends with the last state measured within all limits."""
 
 
+AROUND = (
+    "log_every",
+    "save_every",
+    "keep",
+    "keep_every",
+    "eval_every",
+    "eval_samples",
+    "eval_levels",
+    "stop_when",
+)
+"""Fields of `Train` that change no training step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
     """Devices by axis; -1 takes what is left."""

@@ -101,13 +101,13 @@ class Times:
         """Do the branches have other probabilities than the law gives them?"""
         return self.share != 0 or self.gain != 1 or not self.below
 
-    def _branches(self, cutoff: Array) -> tuple[Array, Array, Array, Array]:
-        """Upper end of the lower branch, lower end of the upper one, their own probabilities below and above."""
+    def _branches(self, cutoff: Array) -> tuple[Array, Array, Array]:
+        """Where the upper branch begins, and the law's own probabilities below the cutoff and above that."""
         end = cutoff * np.float32(self.gain)
         positive = jnp.where(cutoff > 0, cutoff, 1.0)
         under, _ = self.law.tails(self.coordinate(positive))
         _, over = self.law.tails(self.coordinate(positive * np.float32(self.gain)))
-        return cutoff, end, jnp.where(cutoff > 0, under, 0.0), jnp.where(cutoff > 0, over, 1.0)
+        return end, jnp.where(cutoff > 0, under, 0.0), jnp.where(cutoff > 0, over, 1.0)
 
     def _share(self, under: Array, over: Array) -> Array:
         """Probability of the upper branch."""
@@ -127,7 +127,7 @@ class Times:
         if not self.parted:
             return self.level(self.law.quantile(u, 1.0 - u))
         each = jnp.broadcast_to(jnp.float32(self.cutoff) if cutoff is None else cutoff, u.shape)
-        lower, upper, under, over = self._branches(each)
+        upper, under, over = self._branches(each)
         share = self._share(under, over)
         is_above = u >= 1.0 - share
         below = u * (under / jnp.where(share < 1, 1.0 - share, 1.0))
@@ -137,7 +137,7 @@ class Times:
         )
         # Rounding must not carry a level across the cutoff: the branch decides which images are used.
         sigma = self.level(y)
-        return jnp.where(is_above, jnp.maximum(sigma, upper), jnp.minimum(sigma, _next_below(lower)))
+        return jnp.where(is_above, jnp.maximum(sigma, upper), jnp.minimum(sigma, _next_below(each)))
 
     def cdf(self, sigma: Array, cutoff: Array | None = None) -> Array:
         """Probability of a draw below `sigma`, its shape; the inverse of `sigma(u, cutoff)`."""
@@ -146,11 +146,11 @@ class Times:
         if not self.parted:
             return below
         each = jnp.broadcast_to(jnp.float32(self.cutoff) if cutoff is None else cutoff, sigma.shape)
-        lower, _, under, over = self._branches(each)
+        _, under, over = self._branches(each)
         share = self._share(under, over)
         low = jnp.minimum(below, under) * ((1.0 - share) / jnp.where(under > 0, under, 1.0))
         high = 1.0 - jnp.minimum(above, over) * (share / jnp.where(over > 0, over, 1.0))
-        return jnp.where(sigma < lower, low, high)
+        return jnp.where(sigma < each, low, high)
 
     def draw(self, key: Key, n: int, cutoff: Array | None = None) -> Array:
         """`[n]` noise levels. Each is drawn from the law; stratified ones are not independent.

@@ -27,17 +27,7 @@ _MAY_CHANGE = {
     "mesh": None,
     "sample": None,
     "audit": None,
-    "train": (
-        "steps",
-        "log_every",
-        "save_every",
-        "keep",
-        "keep_every",
-        "eval_every",
-        "eval_samples",
-        "eval_levels",
-        "stop_when",
-    ),
+    "train": ("steps", *config.AROUND),
 }
 """Fields of the base config that the same sweep may go on with otherwise: they do not change a training step."""
 

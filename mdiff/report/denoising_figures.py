@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mdiff.recipes.denoising import Denoised, Denoising
-from mdiff.report.figures import COLORS, MARKERS
-from mdiff.report.front_figures import SOFT, short, style
+from mdiff.report.figures import COLORS, MARKERS, short
+from mdiff.report.front_figures import SOFT, style
 from mdiff.types import Estimate, to_uint8
 
 _TILE = 0.42

@@ -314,9 +314,9 @@ def legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
         text.set_text(name)
 
 
-def short(name: str) -> str:
-    """A name that fits into a legend."""
-    return name if len(name) <= 40 else name[:39] + "…"
+def short(name: str, most: int = 40) -> str:
+    """A name cut to what a legend has room for."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def style() -> Any:

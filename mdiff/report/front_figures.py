@@ -23,6 +23,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from mdiff.probes import pareto
+from mdiff.report import figures
 from mdiff.report.figures import COLORS, MARKERS
 from mdiff.report.front import Front, Fronts, Point
 from mdiff.report.front_cells import Measure
@@ -30,7 +31,7 @@ from mdiff.report.front_settings import Setting
 from mdiff.types import Estimate
 
 SOFT = "#6b7680"
-_INK, _GRID = "#333d47", "#d9dfe4"
+_INK = "#333d47"
 _BLACK = ("#000000", "*")
 _AROUND = [(7, 5), (7, -11), (-7, 5), (-7, -11), (0, 9), (0, -15), (14, -3), (-14, -3), (16, 12), (16, -18)]
 """Places for a label around its point, in points; the first that is free is taken."""
@@ -107,7 +108,7 @@ def _legend(paints: Mapping[str, Paint]) -> list[Line2D]:
             ls="-",
             lw=1.4,
             ms=_size(marker),
-            label=short(names.get(name, name)),
+            label=figures.short(names.get(name, name), 44),
         )
         for name, (ink, marker) in paints.items()
     ]
@@ -367,29 +368,6 @@ def _rate(axes: Axes, measure: Measure, which: str) -> None:
         (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter(PercentFormatter(1.0))
 
 
-def short(name: str, most: int = 44) -> str:
-    """A name cut to what a legend has room for."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
 def style() -> Any:
     """How all pictures of a front look, for `matplotlib.rc_context`."""
-    return {
-        "font.size": 10,
-        "axes.titlesize": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "text.color": _INK,
-        "axes.grid": True,
-        "grid.color": _GRID,
-        "grid.linewidth": 0.7,
-        "axes.axisbelow": True,
-        "legend.fontsize": 9.5,
-        "svg.hashsalt": "mdiff",
-        "svg.fonttype": "path",
-        "text.parse_math": False,  # a field's value is no formula
-    }
+    return {**figures.style(), "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9.5}

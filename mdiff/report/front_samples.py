@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
-from mdiff.report.figures import COLORS
+from mdiff.report.figures import COLORS, short
 from mdiff.report.front import Front, Fronts
 from mdiff.report.front_cells import Measure
-from mdiff.report.front_figures import SOFT, short, style
+from mdiff.report.front_figures import SOFT, style
 from mdiff.report.front_settings import Setting
 from mdiff.report.front_words import named
 from mdiff.types import Estimate

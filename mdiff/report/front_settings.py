@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mdiff.config import Config
+from mdiff.config import AROUND, Config
 from mdiff.report.front_cells import Cell
 
 _SETTLED = ("name", "seed", "mesh", "audit")
 """Parts of a config in which the cells of one setting may differ, or in which all cells were checked to agree."""
-_LOGGING = ("log_every", "save_every", "keep", "keep_every", "eval_every", "eval_samples", "eval_levels")
 _AMBIENT = (
     "cutoff",
     "cutoff_of",
@@ -113,7 +112,8 @@ def _key(cfg: Config) -> dict[str, Any]:
     for part, tree in asdict(cfg).items():
         if part not in _SETTLED:
             flat |= {f"{part}.{name}": value for name, value in tree.items()}
-    for field in ("data.reading", *(f"train.{name}" for name in _LOGGING)):
+    # Not `stop_when`: it decides which state of the run is kept.
+    for field in ("data.reading", *(f"train.{name}" for name in AROUND if name != "stop_when")):
         del flat[field]
     return flat
 

@@ -65,6 +65,8 @@ def check_run(folder: Path, cfg: config.Train, step: int) -> None:
 
     Ending it there would keep a state that is not within them; the older ones may be gone.
     """
+    if not cfg.stop_when:
+        return
     measured = [row for row in metrics.read(folder / "metrics.jsonl") if row["step"] <= step]
     measured = [row for row in measured if any(name.startswith("eval/") for name in row)]
     if not measured:

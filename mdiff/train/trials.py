@@ -42,19 +42,11 @@ _COLLECTIVE = re.compile(
     r"(?:-start)?\("
 )
 _UNTRACED = ("name", "seed", "mesh", "sample", "audit")
-_UNTRACED_DATA = ("source", "split", "n", "heldout", "seed", "duplicates", "planted_flips", "planted_crops")
+_UNTRACED_DATA = (
+    "source", "split", "n", "heldout", "seed", "skip", "label_noise", "duplicates", "planted_flips", "planted_crops",
+)  # fmt: skip
 _UNTRACED_LOSS = ("cutoff", "cutoff_of", "cutoff_stages", "clean_share")  # they come with the batch
-_UNTRACED_TRAIN = (
-    "log_every",
-    "save_every",
-    "keep",
-    "keep_every",
-    "eval_every",
-    "eval_samples",
-    "eval_levels",
-    "stop_when",
-    "ema_every",
-)
+_UNTRACED_TRAIN = (*config.AROUND, "ema_every")
 
 
 class TooLarge(UserError):
