@@ -118,6 +118,38 @@ def draw(generate: Callable[[Any], Array], n: int, batch: int) -> np.ndarray:
     return np.concatenate([to_uint8(generate(index)) for index in batches(n, batch)])[:n]
 
 
+def draw_kept(
+    generate: Callable[[Any], Array],
+    n: int,
+    batch: int,
+    unfinished: Path,
+    path: Path,
+    monitor: loop.Monitor,
+    task: str = "sample",
+    **also: Any,
+) -> None:
+    """As `draw`, into the file `path`: `x` uint8 [n,H,W,C], `id` [n], and what is given `also`.
+
+    Finished batches are kept in `unfinished` until all are there, so an interrupted call goes on where it was.
+    """
+    todo = batches(n, batch)
+    paths = [unfinished / f"{place:06d}.npy" for place in range(len(todo))]
+    present = processes.from_first(lambda: [part.is_file() for part in paths])
+    for place, (part, index) in enumerate(zip(paths, todo, strict=True)):
+        if not present[place]:
+            write_atomically(part, functools.partial(np.save, arr=to_uint8(generate(index))))
+        monitor.progress(task, min((place + 1) * batch, n), n, {})
+
+    def join() -> None:
+        images = np.concatenate([np.load(io.BytesIO(part.read_bytes())) for part in paths])[:n]
+        write_atomically(
+            path, lambda temporary: np.savez_compressed(temporary, x=images, id=np.arange(n), **also)
+        )
+        remove(unfinished)
+
+    processes.from_first(join)
+
+
 def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.ndarray:
     """Draw the configured generations from the newest checkpoint into `folder/samples.npz`.
 
@@ -135,26 +167,18 @@ def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.nd
         generate = make_generator(
             model, sampler.settings(cfg), experiment.subset.train.vector, mesh.make_mesh(cfg.mesh)
         )
-        todo = batches(cfg.sample.n, cfg.sample.batch)
-        paths = [unfinished / f"{place:06d}.npy" for place in range(len(todo))]
-        present = processes.from_first(lambda: [path.is_file() for path in paths])
-        for place, (path, index) in enumerate(zip(paths, todo, strict=True)):
-            if not present[place]:
-                write_atomically(path, functools.partial(np.save, arr=to_uint8(generate(params, index))))
-            done = min((place + 1) * cfg.sample.batch, cfg.sample.n)
-            monitor.progress("sample", done, cfg.sample.n, {})
-        processes.from_first(lambda: _join(folder, paths, cfg.sample.n, step))
+        draw_kept(
+            lambda index: generate(params, index),
+            cfg.sample.n,
+            cfg.sample.batch,
+            unfinished,
+            folder / "samples.npz",
+            monitor,
+            step=step,
+        )
+        processes.from_first(lambda: remove(folder / "samples"))
     ledger.save(folder / "ledger.json")
     return load(folder)[0]
-
-
-def _join(folder: Path, paths: list[Path], n: int, step: int) -> None:
-    images = np.concatenate([np.load(io.BytesIO(path.read_bytes())) for path in paths])[:n]
-    write_atomically(
-        folder / "samples.npz",
-        lambda temporary: np.savez_compressed(temporary, x=images, id=np.arange(n), step=step),
-    )
-    remove(folder / "samples")
 
 
 def load(folder: Path) -> tuple[np.ndarray, int]:
