@@ -244,6 +244,13 @@ def leakage(arguments: Sequence[str]) -> int:
     return leakage_command.execute(args, _command("leakage", arguments)["command"])
 
 
+def side(arguments: Sequence[str]) -> int:
+    args = parse(commands.SideArgs, arguments, "mdiff side")
+    from mdiff.report import side_command
+
+    return side_command.execute(args, _settings(args), _command("side", arguments)["command"])
+
+
 def watch(arguments: Sequence[str]) -> int:
     args = parse(commands.WatchArgs, arguments, "mdiff watch", flags=True)
     from mdiff.report.watch import watch as follow
@@ -345,6 +352,10 @@ COMMANDS = {
     "denoise": Command(
         denoise, "what runs answer to the same noisy images: errors, sharpness, pictures",
         "runs/mine runs/other --out runs/denoising",
+    ),
+    "side": Command(
+        side, "extract training images through a surrogate condition (SIDE), and measure what came out",
+        "--workdir runs/mine --surrogate.clusters 20",
     ),
     "leakage": Command(
         leakage, "how much noisy copies can tell about the images, at most, by cutoff",

@@ -10,6 +10,7 @@ import tyro
 
 from mdiff import config
 from mdiff.config import Config, Processes
+from mdiff.side import Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,23 @@ class DenoiseArgs:
     """Seed of the choice of images and of their noise."""
     confidence: float = 0.95
     """Level of the intervals, which are over images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideArgs:
+    """Extract training images through a surrogate condition (SIDE, arXiv 2410.02467), and measure what came out.
+
+    The attack sees the model alone: it draws images, clusters them, distils a noise-aware classifier of the clusters, and draws
+    images guided towards each cluster. Only then are the generations compared with training and held-out images. An
+    interrupted attack goes on where it was.
+    """
+
+    workdir: Path
+    """Folder of the run that is attacked."""
+    out: Path | None = None
+    """Folder of the attack; WORKDIR/side when not given."""
+    processes: Processes = Processes()
+    fields: Annotated[Side, tyro.conf.arg(name="")] = Side()
 
 
 @dataclass(frozen=True, kw_only=True)

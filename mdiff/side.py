@@ -102,7 +102,7 @@ class Side:
     """Strengths lambda of the guidance; 0 is the model alone, drawn from the same noise."""
     sample: Sample = field(default_factory=lambda: Sample(n=1024, batch=256, method="ddim", steps=50))
     """How guided images are drawn; n of them at each strength."""
-    quality_floor: float = 0.9
+    quality_floor: float = 0.8
     """The strength is chosen among those whose share of images near unguided ones (precision) is at least this part of that of
     unguided images themselves."""
     audit: Audit = Audit()

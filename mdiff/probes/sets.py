@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,6 +122,38 @@ def read(
     if heldout is not None:
         sides["control_"] = _side("heldout", heldout, heldout_ids, config, len(train))
     return Sets(generated, sides, notes)
+
+
+def against(
+    generated: np.ndarray, references: Mapping[str, np.ndarray], control: str | None, config: Audit
+) -> Sets:
+    """`read` for any number of reference sets by their names, which are also the keys of the sides.
+
+    Args:
+      generated: as in `read`.
+      references: name -> [R,H,W,C], each checked like training images.
+      control: the name of the one that nothing was trained on; it is cut to the smallest of the others.
+      config: the rules.
+
+    Raises:
+      UserError: as in `read`; no reference, or none of the control's name.
+    """
+    check(config)
+    others = [name for name in references if name != control]
+    if not others or (control is not None and control not in references):
+        given = ", ".join(references) or "none"
+        raise UserError(
+            f"references: {given}, with control {control!r}; give the control and one or more others"
+        )
+    notes: list[str] = []
+    generated = _images("generated", generated, None)
+    checked = {name: _images(name, images, generated) for name, images in references.items()}
+    smallest = min(len(checked[name]) for name in others)
+    sides = {
+        name: _side(name, images, None, config, smallest if name == control else None)
+        for name, images in checked.items()
+    }
+    return Sets(_clipped(generated, notes), sides, notes)
 
 
 def reference(images: np.ndarray, config: Audit, name: str = "train", most: int | None = None) -> Side:

@@ -26,6 +26,7 @@ __all__ = [
     "Neighbours",
     "Ratio",
     "ams_ums",
+    "any_pair",
     "calibrated_l2",
     "cluster_near_duplicates",
     "cosine_nearest",
@@ -159,6 +160,38 @@ def cosine_nearest(
     parts = [(np.zeros(0), np.zeros(0, np.int64)), *processes.spread(len(starts), part)]
     best, index = (np.concatenate(each) for each in zip(*parts, strict=True))
     return np.where(best > 1 - 1e-12, 1.0, np.maximum(best, -1.0)), index
+
+
+def any_pair(
+    features_q: np.ndarray,
+    features_r: list[np.ndarray],
+    edges: list[tuple[float, float]],
+    *,
+    chunk: int = 1024,
+) -> np.ndarray:
+    """Which references have a query's cosine inside a band, any query's (arXiv 2410.02467, eq. 9 before counting).
+
+    Unlike in `ams_ums` a query may be credited to many references, and to some in every band.
+
+    Args:
+      features_q: [Q,F].
+      features_r: [R,F] each: the references, and where flips count the mirrored ones; the larger cosine is taken.
+      edges: bands [low, high).
+      chunk: rows of queries per block.
+
+    Returns:
+      bool [bands,R].
+    """
+    units = [_unit(rows, 0.0) for rows in features_r]
+    starts = range(0, len(features_q), chunk)
+
+    def part(place: int) -> list[np.ndarray]:
+        rows = _unit(features_q[starts[place] : starts[place] + chunk], 0.0)
+        cosines = np.max([rows @ unit.T for unit in units], axis=0)
+        cosines = np.where(cosines > 1 - 1e-12, 1.0, cosines)  # as in `cosine_nearest`
+        return [np.stack([((cosines >= low) & (cosines < high)).any(0) for low, high in edges])]
+
+    return np.any([found for (found,) in processes.spread(len(starts), part)], axis=0)
 
 
 def _unit(rows: np.ndarray, mean: Any) -> np.ndarray:

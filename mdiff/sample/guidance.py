@@ -10,11 +10,15 @@ eq. 6; weight here is 1 + w there). Others go between two networks, such as a ba
 
     def auto(good: Denoiser, bad: Denoiser, weight: float) -> Denoiser:  # arXiv 2406.02507, eq. 3
         return lambda xt, t, cond: extrapolate(bad(xt, t, cond), good(xt, t, cond), weight)
+
+Classifier guidance pushes one prediction along the gradient of a classifier instead (`by_classifier`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,32 @@ import jax.numpy as jnp
 from mdiff import config
 from mdiff.errors import UserError
 from mdiff.process.gaussian import GaussianProcess, bcast
-from mdiff.types import Array, Denoiser, Prediction
+from mdiff.types import Array, Denoiser, Params, Prediction
+
+LogProb = Callable[[Array, Array, Array], Array]
+"""`(xt [B,H,W,C], t [B], label int [B]) -> log p(label | xt) [B]`; row i depends on row i alone."""
+
+
+class Guide(Protocol):
+    """What guides: `mdiff.nets.classifier.Classifier`, or anything hashable with these members."""
+
+    @property
+    def process(self) -> GaussianProcess:
+        """The noise law that its times are of."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one image."""
+
+    @property
+    def classes(self) -> int:
+        """How many classes it knows."""
+
+    def log_prob(self, params: Params, xt: Array, t: Array, label: Array) -> Array:
+        """log p(label | xt) [B] of noisy images xt [B,H,W,C] at times t [B]."""
+
+    def __hash__(self) -> int:
+        """Programs are kept by guide."""
 
 
 def extrapolate(away: Prediction, towards: Prediction, weight: float | Array) -> Prediction:
@@ -85,6 +114,68 @@ def classifier_free(
 
     everywhere = low <= 0 and high >= config.Sample.guidance_max
     return guided if everywhere else guided_inside
+
+
+def by_classifier(
+    denoiser: Denoiser,
+    log_prob: LogProb,
+    label: Array,
+    scale: float | Array,
+    process: GaussianProcess,
+    watch: Callable[[Array], None] | None = None,
+) -> Denoiser:
+    """Classifier guidance (arXiv 2105.05233, eq. 14; arXiv 2410.02467, algorithm 1).
+
+    What is asked for is the power prior q(x) ~ p(x) p(y|x)^scale, whose score is that of p plus scale times the
+    classifier's: 1 is Bayes' rule, more sharpens. Since p(y|x) ~ p(x|y) / p(x), it is also (1 - scale) score(x) +
+    scale score(x|y), as in classifier-free guidance. Here both are those of noisy images, and raising to a power does not
+    commute with adding noise: but for scale 0 and 1 the guided flow is not that of the noised q.
+
+    With score = -eps / sigma (Tweedie) and x0 = (xt - sigma eps) / alpha, and the gradient taken at xt,
+
+        eps - scale sigma grad log p(y|xt),    x0 + scale (sigma^2 / alpha) grad log p(y|xt).
+
+    At unit signal scale, u = xt / alpha with noise level s = sigma / alpha, grad_u = alpha grad_xt: the push on x0 is
+    scale s^2 grad_u, EDM's D + scale sigma^2 grad. s is infinite at alpha = 0, where the image says nothing of y; there
+    x0 is left as it is, as eps is.
+
+    Args:
+      denoiser: what is guided. For classifier-free guidance too, guide its result: pairs have no labels here.
+      log_prob: the classifier.
+      label: int [B], the class wanted for each image.
+      scale: strength, [] or [B]. The number 0 gives `denoiser` itself; a traced 0 computes the gradient in vain.
+      process: the noise law that gives times their coefficients.
+      watch: told, while tracing, of ||sigma grad log p(y|xt)|| [B] at each call: the push on eps for scale 1, the same in
+        every process at one noise level.
+
+    Returns:
+      A Denoiser of the same arguments.
+
+    Raises:
+      UserError: the strength is a number that is negative or not finite.
+    """
+    if isinstance(scale, int | float):
+        check_scale(scale)
+        if scale == 0:
+            return denoiser
+
+    def guided(xt: Array, t: Array, cond: Array | None = None) -> Prediction:
+        x0, eps = denoiser(xt, t, cond)
+        slope = jax.grad(lambda x: log_prob(x, t, label).sum())(xt)
+        alpha, sigma = bcast(process.alpha(t), xt), bcast(process.sigma(t), xt)
+        push = sigma * slope
+        if watch is not None:
+            watch(jnp.sqrt(jnp.sum(jnp.square(push), axis=tuple(range(1, push.ndim)))))
+        push = jnp.where(alpha > 0, bcast(jnp.asarray(scale), xt) * push, 0.0)
+        return Prediction(x0 + sigma / jnp.where(alpha > 0, alpha, 1.0) * push, eps - push)
+
+    return guided
+
+
+def check_scale(scale: float) -> None:
+    """Raises UserError when no classifier can guide at this strength."""
+    if not 0 <= scale < math.inf:
+        raise UserError(f"scale = {scale}: must be 0 (no guidance) or above, and finite; 1 is Bayes' rule")
 
 
 def check(cfg: config.Sample, net: config.Net) -> None:

@@ -79,9 +79,14 @@ def sample(
     With `until` the grid ends at that noise level, and the sample is the denoiser's estimate there (truncated
     sampling, for a denoiser that knows no lower levels).
     """
+    step = METHODS[cfg.method](process, cfg)
+    return integrate(process, denoiser, step, grid_of(process, cfg), keys, shape, cond)
+
+
+def grid_of(process: GaussianProcess, cfg: config.Sample) -> np.ndarray:
+    """The configured sampling times [steps + 1], falling from that of sigma_max to 0."""
     lowest = max(process.sigma_min, cfg.until or 0.0)
-    grid = make_grid(process, cfg.grid, cfg.steps, lowest, process.sigma_max, process.rho)
-    return integrate(process, denoiser, METHODS[cfg.method](process, cfg), grid, keys, shape, cond)
+    return make_grid(process, cfg.grid, cfg.steps, lowest, process.sigma_max, process.rho)
 
 
 def settings(cfg: config.Config) -> config.Sample:

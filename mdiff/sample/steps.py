@@ -12,6 +12,7 @@ and the same reverse SDE, whose noise has the variance by which sigma^2 falls:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -83,8 +84,12 @@ def euler(process: GaussianProcess, cfg: config.Sample) -> Step:
     return step
 
 
-def heun(process: GaussianProcess, cfg: config.Sample) -> Step:
-    """Heun's second-order step with churn (arXiv 2206.00364, algorithm 2)."""
+def heun(process: GaussianProcess, cfg: config.Sample, unroll: bool = False) -> Step:
+    """Heun's second-order step with churn (arXiv 2206.00364, algorithm 2).
+
+    Predictor and corrector are a scan of two, so that the network is compiled once; with `unroll` they are written out, for
+    denoisers that hold a convolution's gradient, which is slow in a loop on CPU.
+    """
     gamma_max = min(cfg.churn / cfg.steps, 2.0**0.5 - 1.0)
 
     def step(denoiser: Denoiser, state: State, at: Interval, keys: Key, cond: Array | None) -> State:
@@ -99,14 +104,17 @@ def heun(process: GaussianProcess, cfg: config.Sample) -> Step:
             x0 = _x0(process, denoiser, u, sigma, cond)
             return State(u - sigma * ((u - x0) / sigma), x0)  # Euler; it lands on D
 
-        # Predictor and corrector as a scan of two, so that the network is compiled once.
         def slope(carry: tuple[Array, Array], level: Array) -> tuple[tuple[Array, Array], Array]:
             x, total = carry
             x0 = _x0(process, denoiser, x, level, cond)
             d = (x - x0) / level
             return (u + (target - sigma) * d, total + d), x0
 
-        (_, total), x0s = jax.lax.scan(slope, (u, jnp.zeros_like(u)), jnp.stack([sigma, target]))
+        begin = (u, jnp.zeros_like(u))
+        if unroll:
+            (_, total), x0 = slope(slope(begin, sigma)[0], target)
+            return State(u + (target - sigma) * 0.5 * total, x0)
+        (_, total), x0s = jax.lax.scan(slope, begin, jnp.stack([sigma, target]))
         return State(u + (target - sigma) * 0.5 * total, x0s[1])
 
     return step
@@ -190,3 +198,12 @@ METHODS: dict[str, Callable[[GaussianProcess, config.Sample], Step]] = {
     "ddpm": ddpm,
     "sde": sde,
 }
+
+UNROLLED: dict[str, Callable[[GaussianProcess, config.Sample], Step]] = {
+    **METHODS,
+    "heun": functools.partial(heun, unroll=True),
+}
+"""The same without loops inside."""
+
+ALIKE = ("euler", "ddim")
+"""Methods whose last step is a step like any other: they do not look at `Interval.last`."""
