@@ -1,5 +1,6 @@
 """Classifier guidance against known scores, finite differences and the exact flow; stepwise sampling against the scan."""
 
+from functools import cache
 from itertools import pairwise
 
 import jax
@@ -67,6 +68,19 @@ def log_densities(x, alpha, sigma):
     return np.log(PRIOR) + norm.logpdf(x[:, None], alpha * MEANS, np.hypot(alpha * STD, sigma))
 
 
+@cache
+def programs(kind):
+    """`(xt, t, label, scale) -> (unguided, guided, guided score)` and the mixture's denoiser, compiled."""
+    process = PROCESS[kind]
+
+    @jax.jit
+    def both(xt, t, label, scale):
+        guided = guidance.by_classifier(mixture(process), classifier(process), label, scale, process)(xt, t)
+        return mixture(process)(xt, t), guided, process.score(guided, t)
+
+    return both
+
+
 # ----------------------------------------------------------------------------- against the known score
 
 
@@ -83,11 +97,8 @@ def test_guided_score_is_the_power_priors(kind, scale):
         plain = np.sum(np.exp(joint - logsumexp(joint, axis=1, keepdims=True)) * each, axis=1)
         expected = (1 - scale) * plain + scale * each[:, label]
 
-        guided = guidance.by_classifier(
-            mixture(process), classifier(process), jnp.full(len(x), label), scale, process
-        )
-        prediction = guided(xt, t, None)
-        score = np.asarray(process.score(prediction, t)).ravel()
+        before, prediction, score = programs(kind)(xt, t, jnp.full(len(x), label), scale)
+        score = np.asarray(score).ravel()
         # Float32 x0 of size 1 has this much of a score: alpha / sigma^2 times its rounding.
         size = np.abs(expected).max() + (1 + scale) * np.abs(each).max()
         np.testing.assert_allclose(score, expected, atol=1e-5 * size)
@@ -101,7 +112,6 @@ def test_guided_score_is_the_power_priors(kind, scale):
         slope = (posterior(x + h) - posterior(x - h)) / (2 * h)
         np.testing.assert_allclose(score, plain + scale * slope, atol=1e-5 * size)
         # eps form and x0 form, each from the unguided prediction and the slope.
-        before = mixture(process)(xt, t)
         for made, plainly, push in (
             (prediction.eps, before.eps, -sigma * slope),
             (prediction.x0, before.x0, sigma**2 / alpha * slope),
@@ -115,37 +125,39 @@ def test_guided_score_is_the_power_priors(kind, scale):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_push_at_one_noise_level_is_that_of_every_process(kind):
     """EDM's form: D + scale s^2 grad_u log p, and what `watch` hears of is s ||grad_u log p||."""
-    level, heard = 0.8, []
+    level = 0.8
     process, u = PROCESS[kind], jnp.linspace(-1, 1, 5).reshape(5, 1, 1, 1)
     t, label = jnp.full(5, process.time(jnp.float32(level))), jnp.full(5, 2)
-    guided = guidance.by_classifier(mixture(process), classifier(process), label, 2.0, process, heard.append)
     xt = u * process.alpha(t)[:, None, None, None]
-    found = np.ravel(guided(xt, t).x0 - mixture(process)(xt, t).x0)
+
+    @jax.jit
+    def push(xt, t):
+        heard = []
+        pair = mixture(process), classifier(process)
+        guided = guidance.by_classifier(*pair, label, 2.0, process, heard.append)(xt, t)
+        return guided.x0 - pair[0](xt, t).x0, *heard
+
+    found, heard = push(xt, t)
     h, x = 1e-4, np.float64(u).ravel()
     joint = [log_densities(x + d, 1.0, level) for d in (h, -h)]
     slope = np.subtract(*(j[:, 2] - logsumexp(j, axis=1) for j in joint)) / (2 * h)
-    np.testing.assert_allclose(found, 2.0 * level**2 * slope, atol=2e-5)
-    np.testing.assert_allclose(heard[0], level * np.abs(slope), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(np.ravel(found), 2.0 * level**2 * slope, atol=2e-5)
+    np.testing.assert_allclose(heard, level * np.abs(slope), rtol=1e-3, atol=1e-6)
 
 
 def test_pure_noise_stays_finite():
     """At t = 1 the rectified flow and the cosine law have alpha = 0: nothing to push, and no inf or NaN on the way."""
     for kind in ("flow", "vp_cosine"):
-        process = PROCESS[kind]
         xt, label = jnp.linspace(-2, 2, 5).reshape(5, 1, 1, 1), jnp.zeros(5, int)
 
-        def x0(xt, t, process=process, label=label):
-            guided = guidance.by_classifier(mixture(process), classifier(process), label, 50.0, process)
-            return guided(xt, t)
-
-        for t in (1.0, 1.0 - 2.0**-24, 0.999):
-            made = x0(xt, jnp.full(5, t))
+        for t in (1.0, 1.0 - 2.0**-24, 0.9995):
+            plain, made, _ = programs(kind)(xt, jnp.full(5, t), label, 50.0)
             assert all(np.isfinite(part).all() for part in made), (kind, t)
-        np.testing.assert_array_equal(x0(xt, jnp.ones(5)).x0, mixture(process)(xt, jnp.ones(5)).x0)
+            push = np.ravel(made.x0 - plain.x0)
+            if t == 1:
+                np.testing.assert_array_equal(push, 0.0)
         # Near it the push is that of E[x0 | class] - E[x0], which does not depend on how near.
-        means = MEANS[0] - PRIOR @ MEANS
-        push = x0(xt, jnp.full(5, 0.9995)).x0 - mixture(process)(xt, jnp.full(5, 0.9995)).x0
-        np.testing.assert_allclose(np.ravel(push), 50 * means, rtol=0.01)
+        np.testing.assert_allclose(push, 50 * (MEANS[0] - PRIOR @ MEANS), rtol=0.01)
 
 
 # -------------------------------------------------------------------------------------------- sampling

@@ -203,7 +203,7 @@ def test_loaded_is_what_was_trained(whole):
 
 def test_stored_numbers_are_those_of_the_held_out_images(whole):
     """Accuracy and temperature from the loaded parameters, by the classifier's own call."""
-    folder, trained = whole
+    folder = whole[0]
     stored = json.loads((folder / "calibration.json").read_text())
     held = np.array(json.loads((folder / "subset.json").read_text())["heldout"]["ids"])
     classifier, params = classify.load(folder)
@@ -316,7 +316,7 @@ def test_statistics_belong_to_their_calibration(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     path = tmp_path / "run" / "statistics.npz"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match="does not belong to calibration.json"):
+    with pytest.raises(UserError, match=r"does not belong to calibration.json"):
         classify.load(tmp_path / "run")
     path.unlink()
     with pytest.raises(UserError, match=r"statistics.npz: is missing"):

@@ -102,7 +102,7 @@ def test_noise_levels_follow_the_law(levels):
     coordinate = np.asarray(sigma) ** (1 / 7) if levels == "uniform" else np.log(sigma)
     low, high = (0.002 ** (1 / 7), 80 ** (1 / 7)) if levels == "uniform" else np.log([0.002, 80])
     inside = (coordinate - low) / (high - low)
-    assert 0 <= inside.min() and inside.max() <= 1.00001
+    assert inside.min() >= 0 and inside.max() <= 1.00001
     np.testing.assert_allclose(np.quantile(inside, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03)
 
 

@@ -152,10 +152,12 @@ from test_guided import *
 on = mesh.make_mesh(config.Mesh())
 assert mesh.batch_devices(on) == 4
 index, label = np.arange(6), np.arange(6) % 3
+one = guided.make_generator(MODEL, CFG, Centres(), form="steps")
+expected = {scale: one(PARAMS, CENTRES, index, label, scale) for scale in (2.0, 0)}
 for form in ("steps", "scan"):
-    one, four = (guided.make_generator(MODEL, CFG, Centres(), where, form=form) for where in (None, on))
-    for scale in (2.0, 0):
-        a, b = (run(PARAMS, CENTRES, index, label, scale) for run in (one, four))
+    four = guided.make_generator(MODEL, CFG, Centres(), on, form=form)
+    for scale, a in expected.items():
+        b = four(PARAMS, CENTRES, index, label, scale)
         assert b.x.shape == (6, 4, 4, 1) and b.gap.shape == (6,)
         np.testing.assert_allclose(a.x, b.x, atol=1e-4)
         np.testing.assert_allclose(a.gap, b.gap, rtol=1e-3)

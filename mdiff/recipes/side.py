@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -26,17 +26,20 @@ from mdiff.errors import UserError
 from mdiff.features import spaces
 from mdiff.fields import check_values, to_json
 from mdiff.files import locate, write_json
+from mdiff.nets import classifier as classifiers
 from mdiff.nets.classifier import Classifier
-from mdiff.nets.denoiser import Model
+from mdiff.nets.denoiser import Model, from_sigma_fn
 from mdiff.probes import clusters as clustering
 from mdiff.probes import sets
+from mdiff.process import laws
+from mdiff.process.gaussian import GaussianProcess
 from mdiff.recipes import classify, evidence, guided, teachers
 from mdiff.recipes.generate import draw_kept, make_generator
 from mdiff.recipes.runs import Experiment, load_params, reopen
 from mdiff.sample import guidance, sampler
 from mdiff.side import Side
 from mdiff.train import loop, mesh
-from mdiff.types import Params
+from mdiff.types import Array, Denoiser, Params
 
 Guard = Callable[[], None]
 """Called before every write; raises `UserError` when the folder is no longer ours."""
@@ -96,6 +99,56 @@ def of_run(folder: Path, cfg: Side, monitor: loop.Monitor) -> tuple[Target, Expe
     return Target(made.model, params, made.config, identity), made
 
 
+@dataclass(frozen=True)
+class Given:
+    """What stands for a model where only a denoiser is known: unconditional, without parameters.
+
+    Attributes:
+      denoise: `(x [B,H,W,C], sigma [B]) -> x0`, traceable by JAX, as of `nets.denoiser.from_sigma_fn`.
+      process: the noise law that samplers use.
+      shape: (H, W, C) of one image.
+    """
+
+    denoise: Callable[[Array, Array], Array]
+    process: GaussianProcess
+    shape: tuple[int, int, int]
+    embedding: None = None
+    damage: None = None
+
+    def denoiser(self, params: Params, gates: None = None, seen: None = None) -> Denoiser:
+        """As `Model.denoiser`; nothing is left open."""
+        return from_sigma_fn(self.denoise, self.process)
+
+    def condition(self, *args: Any, **kwargs: Any) -> None:
+        """None: there are no conditions."""
+
+
+def of_denoiser(
+    denoise: Callable[[Array, Array], Array],
+    shape: tuple[int, int, int],
+    process: config.Process = config.Process(),
+    *,
+    sigma_data: float = 0.5,
+    name: str = "denoiser",
+) -> Target:
+    """Bring your own model: any `denoise(x, sigma) -> x0` as a target.
+
+    Args:
+      denoise: x [B,H,W,C] with noise of standard deviation sigma [B] on images in [-1, 1], to its estimate of the clean
+        images; traceable and differentiable by JAX.
+      shape: (H, W, C) of one image, H = W.
+      process: noise range, and the law the classifier is trained under.
+      sigma_data: standard deviation of the images, for the classifier's input scale.
+      name: tells this model from others in the attack's folder; change it when the model changes.
+    """
+    laws.check(process)
+    given = Given(denoise, laws.make_process(process), shape)
+    about = config.Config(
+        name=name, process=process, data=config.Data(size=shape[0]), net=config.Net(sigma_data=sigma_data)
+    )
+    return Target(cast(Model, given), {}, about, {"name": name, "shape": list(shape)})
+
+
 def check(cfg: Side) -> None:
     """Raises UserError for the first setting that is out of range, whatever the target."""
     check_values(cfg)
@@ -110,6 +163,21 @@ def check(cfg: Side) -> None:
         )
     if not cfg.surrogate.level > 0:
         raise UserError(f"surrogate.level = {cfg.surrogate.level}: must be above 0; 0.3 is usual")
+
+
+def check_target(target: Target, cfg: Side) -> None:
+    """Raises UserError when the settings do not fit the model, before anything is made."""
+    classifiers.check(cfg.classifier, target.model.shape, 2)
+    about = cfg.surrogate
+    embedding = target.model.embedding
+    if about.teacher == "model" and (embedding is None or not embedding.classes):  # type: ignore[attr-defined]
+        raise UserError(
+            "surrogate.teacher = 'model': the model has no classes (net.classes = 0) and cannot classify; take clusters"
+        )
+    if about.features == "network" and isinstance(target.model, Given):
+        raise UserError(
+            "surrogate.features = 'network': a bare denoiser has no features to look at; take pixel or random"
+        )
 
 
 def open_folder(folder: Path, target: Target, cfg: Side) -> None:
@@ -313,6 +381,7 @@ def attack(
       The labelled images, and the file of each strength's generations.
     """
     check(cfg)
+    check_target(target, cfg)
     processes.from_first(lambda: open_folder(folder, target, cfg))
     labelled = label(target, cfg, synthesize(target, cfg, folder, monitor), folder, known)
     classifier, params = distil(target, cfg, labelled, folder, monitor, guard)

@@ -44,6 +44,8 @@ def execute(args: commands.SideArgs, settings: dict[str, Any], command: str) -> 
 
         def prepare() -> tuple[side.Target, Experiment]:
             found = side.of_run(args.workdir, args.fields, this.monitor)
+            side.check_target(found[0], args.fields)
+            _known(args, found[1].subset)
             check_writable(out, "--out")
             return found
 
