@@ -204,6 +204,25 @@ def test_the_command_writes_all_its_files_and_runs_again_from_them(run, capsys):
     assert (out / "guided" / "scale_5.npz").is_file()
 
 
+def test_adapters_are_the_second_way(run, tmp_path, capsys):
+    words = [
+        "--adapter.rank",
+        "2",
+        "--adapter.steps",
+        "4",
+        "--adapter.batch",
+        "8",
+        "--out",
+        str(tmp_path / "lora"),
+    ]
+    assert main(["side", "--workdir", str(run), *TINY, *words]) == 0
+    tree = json.loads((tmp_path / "lora" / "side.json").read_text())
+    assert tree["classifier"] is None and [one["scale"] for one in tree["strengths"]] == [0.0, 3.0]
+    one, other = (guided.load(tmp_path / "lora" / "guided" / f"scale_{k}.npz")["x"] for k in (0, 3))
+    assert (one != other).any()
+    np.testing.assert_array_equal(one, guided.load(run / "side" / "guided" / "scale_0.npz")["x"])
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

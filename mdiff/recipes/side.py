@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,20 +26,34 @@ from mdiff.errors import UserError
 from mdiff.features import spaces
 from mdiff.fields import check_values, to_json
 from mdiff.files import locate, write_json
-from mdiff.nets import classifier as classifiers
 from mdiff.nets.classifier import Classifier
-from mdiff.nets.denoiser import Model, from_sigma_fn
 from mdiff.probes import clusters as clustering
 from mdiff.probes import sets
-from mdiff.process import laws
-from mdiff.process.gaussian import GaussianProcess
-from mdiff.recipes import classify, evidence, guided, teachers
+from mdiff.recipes import adapt, classify, evidence, guided, teachers
 from mdiff.recipes.generate import draw_kept, make_generator
-from mdiff.recipes.runs import Experiment, load_params, reopen
+from mdiff.recipes.side_target import Target, check_target, of_denoiser, of_run
 from mdiff.sample import guidance, sampler
 from mdiff.side import Side
 from mdiff.train import loop, mesh
-from mdiff.types import Array, Denoiser, Params
+from mdiff.types import Params
+
+__all__ = [
+    "Stopped",
+    "Surrogate",
+    "Target",
+    "attack",
+    "check",
+    "check_target",
+    "distil",
+    "extract",
+    "extract_adapted",
+    "features",
+    "label",
+    "of_denoiser",
+    "of_run",
+    "open_folder",
+    "synthesize",
+]
 
 Guard = Callable[[], None]
 """Called before every write; raises `UserError` when the folder is no longer ours."""
@@ -51,24 +65,7 @@ LATER = ("scales", "quality_floor", "audit", "mesh")
 
 
 class Stopped(Exception):
-    """A signal came while the classifier was trained; the same call goes on from there. Its text is the signal's name."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """The model that is attacked.
-
-    Attributes:
-      model: the network, or what stands for one (`of_denoiser`).
-      params: its parameters.
-      config: uses process, data.size, net.sigma_data, loss (where sampling ends) and mesh.
-      identity: plain JSON that tells it from other models.
-    """
-
-    model: Model
-    params: Params
-    config: config.Config
-    identity: dict[str, Any]
+    """A signal came while classifier or adapters were trained; the same call goes on from there. Its text is the signal's name."""
 
 
 @dataclass(frozen=True)
@@ -91,64 +88,6 @@ class Surrogate:
         return int(self.teacher.shape[1])
 
 
-def of_run(folder: Path, cfg: Side, monitor: loop.Monitor) -> tuple[Target, Experiment]:
-    """The newest checkpoint of a run as a target, and the run, whose images only the auditor may see."""
-    made = reopen(folder, mesh_as=cfg.mesh)
-    params, step = load_params(folder, monitor, ema=cfg.sample.ema, on=cfg.mesh)
-    identity = {"step": step, "digest": config.digest(made.config), "name": made.config.name}
-    return Target(made.model, params, made.config, identity), made
-
-
-@dataclass(frozen=True)
-class Given:
-    """What stands for a model where only a denoiser is known: unconditional, without parameters.
-
-    Attributes:
-      denoise: `(x [B,H,W,C], sigma [B]) -> x0`, traceable by JAX, as of `nets.denoiser.from_sigma_fn`.
-      process: the noise law that samplers use.
-      shape: (H, W, C) of one image.
-    """
-
-    denoise: Callable[[Array, Array], Array]
-    process: GaussianProcess
-    shape: tuple[int, int, int]
-    embedding: None = None
-    damage: None = None
-
-    def denoiser(self, params: Params, gates: None = None, seen: None = None) -> Denoiser:
-        """As `Model.denoiser`; nothing is left open."""
-        return from_sigma_fn(self.denoise, self.process)
-
-    def condition(self, *args: Any, **kwargs: Any) -> None:
-        """None: there are no conditions."""
-
-
-def of_denoiser(
-    denoise: Callable[[Array, Array], Array],
-    shape: tuple[int, int, int],
-    process: config.Process = config.Process(),
-    *,
-    sigma_data: float = 0.5,
-    name: str = "denoiser",
-) -> Target:
-    """Bring your own model: any `denoise(x, sigma) -> x0` as a target.
-
-    Args:
-      denoise: x [B,H,W,C] with noise of standard deviation sigma [B] on images in [-1, 1], to its estimate of the clean
-        images; traceable and differentiable by JAX.
-      shape: (H, W, C) of one image, H = W.
-      process: noise range, and the law the classifier is trained under.
-      sigma_data: standard deviation of the images, for the classifier's input scale.
-      name: tells this model from others in the attack's folder; change it when the model changes.
-    """
-    laws.check(process)
-    given = Given(denoise, laws.make_process(process), shape)
-    about = config.Config(
-        name=name, process=process, data=config.Data(size=shape[0]), net=config.Net(sigma_data=sigma_data)
-    )
-    return Target(cast(Model, given), {}, about, {"name": name, "shape": list(shape)})
-
-
 def check(cfg: Side) -> None:
     """Raises UserError for the first setting that is out of range, whatever the target."""
     check_values(cfg)
@@ -163,21 +102,6 @@ def check(cfg: Side) -> None:
         )
     if not cfg.surrogate.level > 0:
         raise UserError(f"surrogate.level = {cfg.surrogate.level}: must be above 0; 0.3 is usual")
-
-
-def check_target(target: Target, cfg: Side) -> None:
-    """Raises UserError when the settings do not fit the model, before anything is made."""
-    classifiers.check(cfg.classifier, target.model.shape, 2)
-    about = cfg.surrogate
-    embedding = target.model.embedding
-    if about.teacher == "model" and (embedding is None or not embedding.classes):  # type: ignore[attr-defined]
-        raise UserError(
-            "surrogate.teacher = 'model': the model has no classes (net.classes = 0) and cannot classify; take clusters"
-        )
-    if about.features == "network" and isinstance(target.model, Given):
-        raise UserError(
-            "surrogate.features = 'network': a bare denoiser has no features to look at; take pixel or random"
-        )
 
 
 def open_folder(folder: Path, target: Target, cfg: Side) -> None:
@@ -347,15 +271,58 @@ def extract(
     """
     sampling = _sampling(target, cfg.sample)
     generator = guided.make_generator(target.model, sampling, guide, mesh.make_mesh(cfg.mesh))
+
+    def draw(index: Any, wanted: Any, scale: float) -> guided.Guided:
+        return generator(target.params, guide_params, index, wanted, scale)
+
+    scales = cfg.scales if scales is None else scales
+    return _drawn(target, sampling, draw, guide_params, guide.classes, scales, folder, monitor, guard)
+
+
+def extract_adapted(
+    target: Target,
+    cfg: Side,
+    labelled: Surrogate,
+    folder: Path,
+    monitor: loop.Monitor,
+    guard: Guard | None = None,
+) -> dict[float, Path]:
+    """The second way: adapters make the model conditional on the surrogate labels (`mdiff.recipes.adapt`).
+
+    Raises:
+      Stopped: a signal came while they were trained; the same call goes on.
+    """
+    where, label_of = locate(folder) / "adapter", labelled.teacher.argmax(1)
+    told, like = json.dumps(target.identity, sort_keys=True), replace(target.config, mesh=cfg.mesh)
+    _, outcome = adapt.train(
+        cfg.adapter, like, target.model, target.params, labelled.images, label_of, labelled.classes, where, told,
+        monitor, guard,
+    )  # fmt: skip
+    if outcome.stopped:
+        raise Stopped(outcome.stopped)
+    sampling, fitted = _sampling(target, cfg.sample), outcome.state.ema
+    generator = adapt.make_generator(target.model, sampling, mesh.make_mesh(cfg.mesh))
+
+    def draw(index: Any, wanted: Any, scale: float) -> guided.Guided:
+        return generator(target.params, fitted, index, wanted, scale)
+
+    return _drawn(target, sampling, draw, fitted, labelled.classes, cfg.scales, folder, monitor, guard)
+
+
+def _drawn(
+    target: Target,
+    sampling: config.Sample,
+    draw: guided.Generator,
+    guide_params: Params,
+    classes: int,
+    scales: Sequence[float],
+    folder: Path,
+    monitor: loop.Monitor,
+    guard: Guard | None,
+) -> dict[float, Path]:
+    told = _identity(target, guide_params)
     return guided.draw(
-        lambda index, wanted, scale: generator(target.params, guide_params, index, wanted, scale),
-        sampling,
-        tuple(cfg.scales if scales is None else scales),
-        guide.classes,
-        locate(folder) / "guided",
-        _identity(target, guide_params),
-        monitor,
-        guard,
+        draw, sampling, tuple(scales), classes, locate(folder) / "guided", told, monitor, guard
     )
 
 
@@ -384,6 +351,8 @@ def attack(
     check_target(target, cfg)
     processes.from_first(lambda: open_folder(folder, target, cfg))
     labelled = label(target, cfg, synthesize(target, cfg, folder, monitor), folder, known)
+    if cfg.adapter.rank:
+        return labelled, extract_adapted(target, cfg, labelled, folder, monitor, guard)
     classifier, params = distil(target, cfg, labelled, folder, monitor, guard)
     return labelled, extract(target, cfg, classifier, params, folder, monitor, guard)
 

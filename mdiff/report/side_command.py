@@ -54,7 +54,7 @@ def execute(args: commands.SideArgs, settings: dict[str, Any], command: str) -> 
         try:
             labelled, files = side.attack(target, args.fields, out, this.monitor, this.check, known)
         except side.Stopped as stopped:
-            this.monitor.say(f"{stopped}: the classifier is saved")
+            this.monitor.say(f"{stopped}: saved what was trained so far")
             this.monitor.say(f"resume with: {command}")
             return 0
         if not this.first:
@@ -105,11 +105,13 @@ def _tree(
     subset: Subset,
 ) -> dict[str, Any]:
     """All numbers for machines; what an attacker knows first."""
-    classifier, params = classify.load(out / "classifier")
     chosen = side_scores.chosen(strengths, args.fields.quality_floor)
     oracle = side_scores.oracle(strengths, "train")
-    members = None
-    if len(subset.heldout):
+    members, calibrated = None, None
+    if not args.fields.adapter.rank:
+        calibrated = json.loads((out / "classifier" / "calibration.json").read_text())
+    if calibrated is not None and len(subset.heldout):
+        classifier, params = classify.load(out / "classifier")
         members = classified.membership(
             classifier, params, np.asarray(subset.train.x), np.asarray(subset.heldout.x)
         )
@@ -125,7 +127,7 @@ def _tree(
             "images": len(labelled.images),
             "clusters": known,
         },
-        "classifier": json.loads((out / "classifier" / "calibration.json").read_text()),
+        "classifier": calibrated,
         "membership": None if members is None else asdict(members),
         "chosen": chosen,
         "oracle": oracle,
