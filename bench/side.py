@@ -38,6 +38,7 @@ from side_common import (
 )
 from side_evidence import evidence
 from side_labels import labels
+from side_summary import summary
 
 from mdiff.console import Monitor
 from mdiff.probes import extraction, pareto, robustness
@@ -120,7 +121,7 @@ def crossed(runs: Path, monitor: Monitor) -> None:
                     }
                 )
     write("crossed", {"claim": CLAIM, "picks": picks, "rows": rows})
-    write("lambda", {"picks": picks, "cells": curve, "rows": lambda_rows(arms)})
+    write("lambda", {"picks": picks, "cells": curve, "rows": lambda_rows(arms), **gains(arms)})
 
 
 CLAIM = (
@@ -142,6 +143,29 @@ def lambda_rows(arms: Mapping[str, Mapping[float, Sequence[Strength]]]) -> list[
         row["grouped"] = asdict(pareto.over_seeds([one.repetition.grouped for one, _ in pairs]))
         rows.append(row)
     return rows
+
+
+def gains(arms: Mapping[str, Mapping[float, Sequence[Strength]]]) -> dict[str, Any]:
+    """Strength 8 less unguided, and the best strength less the highest, paired by model: 3 seeds of 2 halves."""
+
+    def cells(scale: float, key: str) -> dict[int, Estimate]:
+        found = [(one, name) for name in HALVES for one in arms[f"{name} under {name}"][scale]]
+        return {
+            place: one.quality[key] if key in one.quality else one.scores[name].estimates[key]
+            for place, (one, name) in enumerate(found)
+        }
+
+    def paired(first: float, second: float, key: str) -> Any:
+        found = pareto.difference(cells(first, key), cells(second, key))
+        return None if found is None else asdict(found)
+
+    scales = sorted(arms["A under A"])
+    best = max(scales, key=lambda scale: np.mean([e.value for e in cells(scale, "memorized").values()]))
+    return {
+        "gain": {key: paired(0.0, 8.0, key) for key in ("memorized", "coverage", "energy", "recall")},
+        "best": best,
+        "fall": paired(scales[-1], best, "memorized"),
+    }
 
 
 # ------------------------------------------------------------------------------------------- controls
@@ -222,7 +246,27 @@ def controls(runs: Path, monitor: Monitor) -> None:
         for curves in each["thresholds"].values():
             for curve in curves.values():
                 del curve["difference"], curve["tau"]
-    write("controls", {"rows": rows, "membership": membership, "robustness": robust})
+    at = {
+        arm: {seed: one.scores["A"].estimates["memorized"] for seed, one in enumerate(by[8.0])}
+        for arm, by in found.items()
+    }
+    differences = {
+        f"{first} over {second}": asdict(paired)
+        for first, second in (("clusters", "shuffled"), ("clusters", "untimed"), ("oracle", "clusters"))
+        if (paired := pareto.difference(at[second], at[first]))
+    }
+    every = [each["thresholds"]["clusters"]["cosine"]["above"] for each in robust]
+    shares = pareto.over_seeds([Estimate(x, x, x, 1) for x in every], limits=(0.0, 1.0))
+    write(
+        "controls",
+        {
+            "rows": rows,
+            "differences": differences,
+            "membership": membership,
+            "shares of thresholds": asdict(shares),
+            "robustness": robust,
+        },
+    )
 
 
 PARTS: dict[str, Callable[[Path, Monitor], None]] = {
@@ -231,6 +275,7 @@ PARTS: dict[str, Callable[[Path, Monitor], None]] = {
     "controls": controls,
     "evidence": evidence,
     "labels": labels,
+    "summary": summary,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from side_common import ATTACK, SEEDS, attack, half, images, write
 from side_labels import ARMS
 
 from mdiff.console import Monitor
-from mdiff.probes import detectors, divergence, extraction, implicit, returns
+from mdiff.probes import detectors, divergence, extraction, implicit, pareto, returns
 from mdiff.recipes import evidence as asked
 from mdiff.recipes import guided
 from mdiff.recipes import runs as recipe_runs
@@ -48,7 +49,34 @@ def evidence(runs: Path, monitor: Monitor) -> None:
             }
         )
         monitor.say(f"seed {seed}: detectors, returns and implicit labels measured")
-    write("evidence", {"strength": STRENGTH, "runs": found, "optimum": distances(runs, monitor)})
+    write(
+        "evidence",
+        {"strength": STRENGTH, "over seeds": over(found), "runs": found, "optimum": distances(runs, monitor)},
+    )
+
+
+def over(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds of what the summary quotes."""
+
+    def mean(pick: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        return asdict(pareto.over_seeds([Estimate(**pick(one)) for one in found]))
+
+    one, half_sigma = RETURN.index(1.0), LOOK.index(0.5)
+    first = found[0]
+    return {
+        "detectors": {
+            name: mean(lambda run, name=name: run["detectors"][f"{STRENGTH:g}"][name]["auroc"])
+            for name in first["detectors"][f"{STRENGTH:g}"]
+        },
+        "returns": {
+            name: mean(lambda run, name=name: run["returns"]["home"][name][one])
+            for name in first["returns"]["home"]
+        },
+        "implicit": {
+            name: mean(lambda run, name=name: run["implicit"]["above"][name][half_sigma])
+            for name in first["implicit"]["above"]
+        },
+    }
 
 
 def detected(

@@ -178,6 +178,8 @@ def test_what_does_not_fit_is_named():
     for scale in (-1, float("nan"), float("inf"), [1.0, 2.0, float("nan"), 1.0]):
         with one_line("scale = ", "0 (no guidance) or above"):
             generator(PARAMS, CENTRES, INDEX, LABEL, scale)
+    with one_line("label: 2 of them for 4 samples"):
+        generator(PARAMS, CENTRES, INDEX, LABEL[:2], 1.0)
     for bad in (3, -1):
         with one_line(f"label {bad}: the guide has classes 0 to 2"):
             generator(PARAMS, CENTRES, INDEX, np.array([0, bad, 1, 1]), 1.0)

@@ -190,6 +190,8 @@ def make_generator(
 
     def run(params: Params, guide_params: Params, index: Any, label: Any, scale: Any) -> Guided:
         n, label = len(index), check_labels(label, guide.classes)
+        if len(label) != n:
+            raise UserError(f"label: {len(label)} of them for {n} samples; give one for each")
         if np.ndim(scale) == 0 and scale == 0:
             return Guided(plain(params, index), jnp.full(n, jnp.nan))
         strengths = np.broadcast_to(np.asarray(scale, np.float32), n)
