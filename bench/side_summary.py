@@ -29,6 +29,7 @@ def summary(runs: Path, monitor: Monitor) -> None:
         measured = "" if row["value"] is None else f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
         lines.append(f"| {row['claim']} | {row['holds']} | {measured} | {row['n'] or ''} | {row['source']} |")
     (OUT / "summary.md").write_text("\n".join(lines) + "\n")
+    picture()
     monitor.say(f"{len(rows)} claims")
 
 
@@ -237,3 +238,55 @@ NOT_RUN = [
     "half_unet and batch-normalized classifiers, adapters, and the sampler with 250 steps: tested, not measured",
     "log-likelihood of each copy under model and classifier apart",
 ]  # fmt: skip
+
+
+def picture() -> None:
+    """results/side/lambda.png: copies under each classifier, and quality, over the strength."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from mdiff.report import figures
+
+    crossed, curve = load("crossed"), load("lambda")
+    if crossed is None or curve is None:
+        return
+    lines = (
+        ("its own half's classifier", "A under A", "A"),
+        ("the other half's classifier", "A under B", "A"),
+        ("model never saw them, classifier knows them", "B under A", "A"),
+    )
+    with matplotlib.rc_context(figures.style()):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        for place, (name, arm, against) in enumerate(lines):
+            rows = [row for row in crossed["rows"] if row["arm"] == arm and row["against"] == against]
+            band(left, [row["scale"] for row in rows], [row["memorized"] for row in rows], name, place)
+        left.set(
+            xlabel="strength of the guidance",
+            ylabel="copies of half A, % of generations",
+            title="What is copied",
+        )
+        for place, key in enumerate(("memorized", "precision", "recall")):
+            rows = curve["rows"]
+            name = "copies" if key == "memorized" else f"{key} against held-out"
+            band(right, [row["scale"] for row in rows], [row[key] for row in rows], name, place)
+        right.set(
+            xlabel="strength of the guidance", ylabel="%", title="Copies and quality of the same generations"
+        )
+        for axes in (left, right):
+            axes.set_xscale("symlog", linthresh=1)
+            axes.set_xticks([0, 1, 2, 4, 8, 16, 32], labels=["0", "1", "2", "4", "8", "16", "32"])
+            axes.set_ylim(bottom=0)
+            axes.legend(frameon=False)
+        figure.savefig(OUT / "lambda.png", dpi=110)
+
+
+def band(axes: Any, x: list[float], rows: list[Row], name: str, place: int) -> None:
+    """A line of shares in % with its interval."""
+    from mdiff.report import figures
+
+    value, low, high = ([100 * row[key] for row in rows] for key in ("value", "low", "high"))
+    color = figures.COLORS[place]
+    axes.plot(x, value, color=color, marker=figures.MARKERS[place], ms=4, label=name)
+    axes.fill_between(x, [max(v, 0) for v in low], high, color=color, alpha=0.15, lw=0)

@@ -244,3 +244,23 @@ def test_a_folder_without_a_run_is_one_line(capsys, tmp_path):
     assert main(["side", "--workdir", str(tmp_path / "none")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_attack_has_no_page(run, tmp_path):
+    import shutil
+
+    from mdiff.report import side_page
+
+    with pytest.raises(UserError, match="run mdiff side"):
+        side_page.write(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "side", copy)
+    page = side_page.write(copy).read_text()
+    assert "<script src" not in page and "http" not in page.replace("http-equiv", "")
+    (copy / "side.npz").write_bytes(b"other")
+    with pytest.raises(UserError, match="side.npz") as caught:
+        side_page.write(copy)
+    assert "\n" not in str(caught.value)
+    (copy / "side.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        side_page.write(copy)
