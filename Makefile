@@ -9,8 +9,9 @@ LOCK := requirements/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.vers
 demo: $(VENV)/.installed
 	$(BIN)/mdiff demo --out runs/demo
 
+# Two files at a time: most of a test is one core's compiling. Each file stays in one process, with its fixtures.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
