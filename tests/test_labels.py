@@ -12,7 +12,7 @@ from mdiff.data import labels, source, stream
 from mdiff.data.reader import make_reader
 from mdiff.data.split import split
 from mdiff.errors import UserError
-from mdiff.recipes import experiment
+from mdiff.recipes import experiment, sweep_plan
 
 IMAGES = source.load("digits", 8)
 
@@ -132,3 +132,14 @@ def test_skip_beyond_the_set_is_one_line():
 def test_a_labelled_run_is_prepared_with_its_labels():
     cfg, subset = made("random", 10)
     np.testing.assert_array_equal(experiment.prepare(cfg).subset.train.label, subset.train.label)
+
+
+def test_cells_of_a_sweep_have_labels_of_their_own_number(tmp_path):
+    """Cells share their images in memory, but not labels that depend on net.classes."""
+    cfg, _ = made("random", 3, n=60, heldout=20)
+    planned = sweep_plan.plan(cfg, {"net.classes": (2, 30)}, tmp_path / "sweep")
+    for name, cell in planned.made.items():
+        classes = cell.config.net.classes
+        assert name == f"classes={classes}"
+        np.testing.assert_array_equal(cell.subset.train.label, made("random", classes, n=60)[1].train.label)
+        assert cell.subset.train.label.max() >= classes / 2

@@ -69,7 +69,8 @@ def plan(base: config.Config, axes: Axes, folder: Path, mode: Mode = "auto") -> 
         except UserError as error:
             problems[cell.name] = str(error)
             continue
-        data = json.dumps(config.to_json(cell.config.data))
+        # Labels may depend on their number (`mdiff.data.labels`), so it is part of what the images are.
+        data = json.dumps([config.to_json(cell.config.data), cell.config.net.classes])
         made[cell.name] = replace(found, subset=subsets.setdefault(data, found.subset))  # held once
     if not made:
         raise UserError(next(iter(problems.values())))
