@@ -258,7 +258,7 @@ def test_a_damaged_attack_has_no_page(run, tmp_path):
     page = side_page.write(copy).read_text()
     assert "<script src" not in page and "http" not in page.replace("http-equiv", "")
     (copy / "side.npz").write_bytes(b"other")
-    with pytest.raises(UserError, match="side.npz") as caught:
+    with pytest.raises(UserError, match=r"side\.npz") as caught:
         side_page.write(copy)
     assert "\n" not in str(caught.value)
     (copy / "side.json").write_text("{")

@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 
 
 class Plot(NamedTuple):
-    """An SVG document, what the page says below it, and what it says instead of it."""
+    """An SVG document, its caption, and the text that stands for it where it is not seen."""
 
     svg: str
     caption: str
@@ -60,9 +60,17 @@ def clusters(about: Sequence[Row], cohesion: float, min_size: int) -> Plot:
         axes.axhline(min_size, color=_INK, lw=1, ls=":")
         axes.set(xlabel="cohesion", ylabel="images", ylim=(0, None))
         axes.margins(x=0.06)
-        names = [("kept", COLORS[0], "full"), ("dropped", COLORS[1], "none")]
-        handles = [axes.plot([], [], "o", color=ink, fillstyle=fill, label=name)[0] for name, ink, fill in names]  # type: ignore[arg-type]
-        axes.legend(handles=handles, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
+        drawn = axes.get_lines()[:2]
+        names = ("kept", "dropped") if not kept.all() else ("kept",)
+        axes.legend(
+            drawn[: len(names)],
+            names,
+            frameon=False,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 1.0),
+            ncols=2,
+            handletextpad=0.1,
+        )
         return _plot(
             figure, "Every cluster; dotted: the least cohesion and size of those kept.", "Size over cohesion"
         )
@@ -75,9 +83,7 @@ def knowledge(found: Row, guess: float) -> list[Plot]:
       found: `classifier` of side.json.
       guess: accuracy of a classifier that knows nothing.
     """
-    accuracy = _by_level(
-        found["levels"], _Line(found["accuracy"], "accuracy", COLORS[0]), "labels found", guess
-    )
+    accuracy = _by_level(found["levels"], _Line(found["accuracy"], "accuracy", COLORS[0]), "accuracy", guess)
     error = _by_level(
         found["levels"], _Line(found["ece"], "calibration error", COLORS[1]), "calibration error", None
     )
@@ -89,7 +95,7 @@ def knowledge(found: Row, guess: float) -> list[Plot]:
         ),
         _plot(
             error,
-            "Confidence less accuracy, before the temperatures that correct it.",
+            "Mean gap between confidence and accuracy, before the temperatures that correct it.",
             "Calibration error over noise",
         ),
     ]
@@ -134,9 +140,12 @@ def over_strength(tree: Row) -> list[Plot]:
             _curves(
                 tree,
                 [
-                    _Line([one["precision"] for one in beside], "beside unguided images", COLORS[3]),
+                    _Line([one["precision"] for one in beside], "beside unguided ones", COLORS[3]),
                     _Line(
-                        [{"value": one["spread"]} for one in beside], "spread, 1 is unguided", COLORS[5], "-."
+                        [{"value": one["spread"]} for one in beside],
+                        "spread, of unguided ones'",
+                        COLORS[5],
+                        "-.",
                     ),
                 ],
                 "share",
@@ -197,7 +206,9 @@ def thresholds(tree: Row, scale: float) -> list[Plot]:
     ]
     if scores["control"] is not None:
         scales = dict.fromkeys((0.0, tree["chosen"], tree["oracle"]))
-        curves = {one: _at(tree["strengths"], one)["scores"]["references"]["train"]["curves"] for one in scales}
+        curves = {
+            one: _at(tree["strengths"], one)["scores"]["references"]["train"]["curves"] for one in scales
+        }
         lines = [
             (curve["cosine"], "excess", f"strength {one:g}", COLORS[place], "-")
             for place, (one, curve) in enumerate(curves.items())

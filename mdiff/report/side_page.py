@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +20,50 @@ from mdiff.files import locate, write_text
 from mdiff.probes import clusters as clustering
 from mdiff.probes import stamped
 from mdiff.recipes import guided
-from mdiff.report import side_figures
-from mdiff.report.front_figures import png
-from mdiff.report.html import embedded_json, encode, environment, read_asset, script
+from mdiff.report import side_figures, words
+from mdiff.report.html import data_uri, embedded_json, encode, environment, read_asset, script
+from mdiff.types import Estimate
 
-SHOWN = 24
-"""Generations in each picture."""
+READS = 1
+"""Format of `side.json` that this page is made from."""
+MEMBERS, OPEN, FOLDED = 8, 24, 96
+"""Images shown of a cluster; clusters shown, the largest; how many more are folded away."""
+COPIES, RANDOM = 24, 12
+"""Generations shown: the strongest copies, and those drawn at random."""
+_SMALL, _LARGE = 48, 112  # pixels; what is wider than the first is shrunk to the second
 _AGAIN = "; run mdiff side again, which makes it anew"
+_WHOLE = {
+    *("target", "settings", "surrogate", "classifier", "membership", "chosen", "oracle", "strengths"),
+    *("detector", "verdict", "versions", "arrays", "command"),
+}
+_TEACHERS = {
+    "clusters": "clusters of them",
+    "shuffled": "clusters of them, dealt at random: a control",
+    "model": "the attacked model itself, as a classifier",
+    "oracle": "a classifier trained on the real training images, which no attacker has: for reference",
+}
+_ABSENT = {"value": "", "interval": "", "sort": None}
+
+Row = Mapping[str, Any]
 
 
 def write(out: Path) -> Path:
     """Write the page of the attack in `out`.
 
+    Args:
+      out: the attack's folder, with `side.json`, `side.npz`, `synthetic.npz`, `guided/` and, where it clustered,
+        `clusters.json` and `clusters.npz`.
+
+    Returns:
+      The page.
+
     Raises:
-      UserError: a file of the attack is missing or damaged.
+      UserError: one of them is missing, damaged, or not of this attack.
     """
     out = locate(out)
-    path = out / "side.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run mdiff side")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        stamp = tree["arrays"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is damaged{_AGAIN}") from None
-    arrays = stamped.read(out / "side.npz", stamp, str(path), _AGAIN)
-    pictures = [
-        ("Over the strength of the guidance", side_figures.curves(tree), _CURVES),
-        *_images(out, tree, arrays),
-        *_surrogate(out, tree),
-        ("What the classifier knows, and every threshold", side_figures.knowledge(tree), _KNOWLEDGE),
-    ]
+    tree, arrays = _read(out)
+    scale = tree["chosen"] or tree["oracle"]
+    levels = {one["scores"]["audit"]["confidence"] for one in tree["strengths"]}
     html = (
         environment()
         .get_template("side.html")
@@ -58,15 +74,19 @@ def write(out: Path) -> Path:
             code=script(read_asset("page.js")),
             data=embedded_json({"runs": [], "sliders": {}}),
             verdict=tree["verdict"],
-            columns=COLUMNS,
-            pictures=[
-                {"name": name, "uri": encode("image/png", png(figure)), "text": text}
-                for name, figure, text in pictures
-            ],
-            rows=[_row(one, tree) for one in tree["strengths"]],
-            detector=_detector(tree["detector"]),
+            attack=_attack(tree),
+            surrogate=_surrogate(out, tree),
+            knowledge=_knowledge(tree),
+            curves=_uris(side_figures.over_strength(tree)),
+            level=" and ".join(f"{100 * level:g}\N{NO-BREAK SPACE}%" for level in sorted(levels)),
+            pictures=_pictures(out, tree, arrays, scale),
+            copies=[_copies_row(one, tree) for one in tree["strengths"]],
+            quality=[_quality_row(one, tree) for one in tree["strengths"]],
+            images=tree["strengths"][0]["scores"]["references"]["train"]["different"],
+            thresholds=_uris(side_figures.thresholds(tree, scale)),
+            detector=_detector(tree),
             notes=_notes(tree),
-            provenance=[("command", tree["command"]), *((k, str(v)) for k, v in tree["versions"].items())],
+            provenance=[(name, str(value)) for name, value in tree["versions"].items()],
             version=__version__,
         )
     )
@@ -74,143 +94,314 @@ def write(out: Path) -> Path:
     return out / "side.html"
 
 
-_CURVES = (
-    "Copies by the ratio rule, the same rule against held-out images, and how many different training images are copied; groups of "
-    "near-identical generations, and the share that lies beside unguided ones, which is all an attacker has to choose by; precision and "
-    "recall against held-out images. Bands are 95 % intervals of these generations."
-)
-_KNOWLEDGE = (
-    "Left, on labelled images held out from the classifier's training: where accuracy is that of guessing, its guidance is noise. Right: "
-    "the share of generations past each cosine, less the share past it among held-out images; a conclusion that holds at one "
-    "threshold only would show."
-)
+# ------------------------------------------------------------------------------------------ the files
 
 
-def _images(
-    out: Path, tree: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> list[tuple[str, Any, str]]:
-    """Guided images beside the nearest training images, and what the same noise gives without guidance."""
-    scale = tree["chosen"] or tree["oracle"]
-    drawn = guided.load(guided.path_of(out / "guided", scale))["x"]
-    plain_path = guided.path_of(out / "guided", 0.0)
-    plain = guided.load(plain_path)["x"] if plain_path.is_file() else None
-    nearest, ratio = arrays[f"nearest_{scale:g}"], arrays[f"ratio_{scale:g}"]
-    order = np.argsort(ratio, kind="stable")
-    _, first = np.unique(nearest[order], return_index=True)  # the strongest copy of each training image
-    best = order[np.sort(first)][:SHOWN]
-    random = np.sort(
-        np.random.Generator(np.random.Philox(0)).choice(len(drawn), min(SHOWN, len(drawn)), replace=False)
-    )
-    made = []
-    for name, index, text in (
-        (
-            "The strongest copies",
-            best,
-            "Sorted by the ratio rule, one for each training image: a selection, not a sample. The last row is what the "
-            "same noise becomes without guidance.",
-        ),
-        ("Generations at random", random, "Not selected: how a generation at this strength usually looks."),
-    ):
-        rows = [
-            (f"guided at strength {scale:g}", drawn[index]),
-            ("nearest training image", arrays["train"][nearest[index]]),
-        ]
-        if plain is not None and scale:
-            rows.append(("the same noise, unguided", plain[index]))
-        made.append((name, side_figures.pairs(rows), text))
-    return made
+def _read(out: Path) -> tuple[Row, dict[str, np.ndarray]]:
+    """`side.json` and the arrays that belong to it."""
+    path = out / "side.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run mdiff side")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: is damaged{_AGAIN}") from None
+    if not isinstance(tree, dict) or tree.get("format") != READS:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise UserError(f"{path}: format {found}, this version reads {READS}{_AGAIN}")
+    missing = sorted(_WHOLE - set(tree))
+    if missing:
+        raise UserError(f"{path}: is damaged, it has no {missing[0]}{_AGAIN}")
+    arrays = out / "side.npz"
+    if not arrays.is_file():
+        raise UserError(f"{arrays}: no such file{_AGAIN}")
+    return tree, stamped.read(arrays, tree["arrays"], str(path), _AGAIN)
 
 
-def _surrogate(out: Path, tree: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    """The clusters."""
-    made = []
-    about = tree["surrogate"]["clusters"]
-    if about:
-        with np.load(io.BytesIO((out / "synthetic.npz").read_bytes())) as stored:
-            images = stored["x"]
-        figure = side_figures.clusters(images, clustering.load(out).labels, about["clusters"])
-        text = (
-            f"{about['kept']} of {about['found']} clusters of {about['images']} unguided images are cohesive and large enough, in "
-            f"{about['space']}; the largest are shown, each with its first members. Labels say which cluster an image is guided to."
-        )
-        made.append(("The surrogate condition", figure, text))
-    return made
+def _columns(path: Path, n: int) -> dict[str, np.ndarray]:
+    """The arrays of a file of images, one row for each of `n`."""
+    again = "; delete it and run mdiff side again, which draws it anew"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file{_AGAIN}")
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+            found = {name: stored[name] for name in stored.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise UserError(f"{path}: is damaged{again}") from None
+    if "x" not in found or len(found["x"]) != n:
+        count = len(found["x"]) if "x" in found else 0
+        raise UserError(f"{path}: holds {count} images where side.json counts {n}{again}")
+    return found
 
 
-def _facts(tree: Mapping[str, Any]) -> str:
-    target, surrogate = tree["target"], tree["surrogate"]
-    n = tree["strengths"][0]["scores"]["generated"]
+# ------------------------------------------------------------------------------------------- the attack
+
+
+def _facts(tree: Row) -> str:
+    target, about = tree["target"], tree["settings"]
+    step = f"step {target['step']:,}; " if isinstance(target.get("step"), int) else ""
+    heldout = f"{target['heldout']:,} held-out images" if target["heldout"] else "no held-out images"
     return (
-        f"step {target.get('step', '–')}; the attacker drew {surrogate['images']} unguided images and labelled them by "
-        f"{surrogate['teacher']} ({surrogate['classes']} classes); {n} generations at each of {len(tree['strengths'])} "
-        f"strengths; compared with {target['train']} training and {target['heldout']} held-out images"
+        f"{step}trained on {target['train']:,} images, compared with {heldout}; {about['sample']['n']:,} generations at "
+        f"each of {len(tree['strengths'])} strengths"
     )
 
 
-def _row(one: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    found = one["scores"]["references"]["train"]["estimates"]
-    marks = [
-        word
-        for word, scale in (("chosen", tree["chosen"]), ("most copies", tree["oracle"]))
-        if scale == one["scale"]
+def _attack(tree: Row) -> list[tuple[str, str]]:
+    """What was done, as a table."""
+    about, surrogate = tree["settings"], tree["surrogate"]
+    classifier, adapter, sample = about["classifier"], about["adapter"], about["sample"]
+    seen = "noisy images" if classifier["timed"] else "clean images only (not told the noise)"
+    guide = f"a classifier of {seen}: {classifier['arch']}, {classifier['steps']:,} steps"
+    if adapter["rank"]:
+        guide = f"low-rank adapters of the model, rank {adapter['rank']}, {adapter['steps']:,} steps"
+    rows = [
+        ("the attacker drew", f"{about['surrogate']['n']:,} unguided images from the model"),
+        ("labelled by", _TEACHERS[surrogate["teacher"]] + f"; {surrogate['classes']} classes"),
+        ("learned from", f"{surrogate['images']:,} of these images"),
+        ("guided by", guide),
+        ("sampler", f"{sample['method']}, {sample['steps']} steps, seed {sample['seed']}"),
+        ("command", tree["command"]),
     ]
+    return rows
+
+
+def _surrogate(out: Path, tree: Row) -> dict[str, Any] | None:
+    """The clusters: a sheet of those kept, the largest first. None where something else labelled."""
+    about = tree["surrogate"]["clusters"]
+    if not about:
+        return None
+    images = _columns(out / "synthetic.npz", about["images"])["x"]
+    labels = clustering.load(out).labels
+    if len(labels) != len(images):
+        raise UserError(
+            f"{out / 'clusters.npz'}: labels {len(labels)} images, and synthetic.npz has {len(images)}{_AGAIN}"
+        )
+    settings, kept = tree["settings"]["surrogate"], [one for one in about["clusters"] if one["kept"]]
+    order = np.argsort(-np.array(about["members"]), kind="stable")[: OPEN + FOLDED]
+    sheet = []
+    for k in order:
+        members = images[np.flatnonzero(labels == k)[:MEMBERS]]
+        own, labelled = kept[k]["size"], about["members"][k]
+        sheet.append(
+            {
+                "uri": data_uri(_strip(members), MEMBERS * _LARGE, MEMBERS * (_SMALL + 4)),
+                "pixels": images.shape[2] <= _SMALL,
+                "share": 100 * len(members) / MEMBERS,
+                "text": f"{labelled} images"
+                + (f" ({own} its own)" if labelled != own else "")
+                + f", cohesion {kept[k]['cohesion']:.2f}",
+                "alt": f"{len(members)} images of cluster {k}",
+            }
+        )
+    dropped = about["found"] - about["kept"]
+    rest = about["images"] - about["labelled"]
+    text = (
+        f"{about['kept']} of {about['found']} clusters of {about['images']:,} unguided images (space: {about['space']}) are kept: "
+        f"cohesive to {settings['cohesion']:g} and of {settings['min_size']} images or more."
+    )
+    if dropped:
+        text += " Images of the others went " + (
+            "to the nearest kept cluster." if settings["dropped"] == "reassign" else f"out, {rest:,} of them."
+        )
+    if tree["surrogate"]["teacher"] == "shuffled":
+        text += " Labels were then dealt at random, so the rows below have no common content: this is the control."
+    plot = side_figures.clusters(about["clusters"], settings["cohesion"], settings["min_size"])
     return {
-        "scale": f"{one['scale']:g}",
-        "marks": ", ".join(marks),
-        "cells": [
-            _number(found["memorized"], 100),
-            _number(found.get("memorized_excess"), 100),
-            _number(found["coverage"], 100),
-            _number(found["unique_per_generation"], 100),
-            _number(found.get("unique_per_prompt"), 100),
-            _number(found["chao1"], 1),
-            _number(one["repetition"]["grouped"], 100),
-            _number(one["quality"].get("energy"), 1, 3),
-        ],
+        "text": text,
+        "plots": _uris([plot]),
+        "open": sheet[:OPEN],
+        "folded": sheet[OPEN:],
+        "left": len(kept) - len(sheet),
     }
 
 
-COLUMNS = (
-    "Copies, % of generations",
-    "Beyond held-out",
-    "Training images copied, %",
-    "Different ones per 100 generations",
-    "Different ones per 100 clusters",
-    "In the end, at least (Chao1)",
-    "In groups of repeats, %",
-    "Energy distance to held-out",
-)
+def _strip(images: np.ndarray) -> np.ndarray:
+    """uint8 [N,H,W,C] side by side, with a white gap."""
+    n, height, width, channels = images.shape
+    gap = max(1, width // 16)
+    canvas = np.full((height, n * (width + gap) - gap, channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        canvas[:, i * (width + gap) : i * (width + gap) + width] = image
+    return canvas
 
 
-def _number(value: Mapping[str, Any] | None, factor: float, digits: int = 1) -> dict[str, Any]:
-    if value is None or value["value"] is None:
-        return {"value": "", "interval": "", "sort": None}
-    low, high = (value[key] for key in ("low", "high"))
-    interval = (
-        "" if low is None or high is None else f"{factor * low:.{digits}f} to {factor * high:.{digits}f}"
-    )
-    return {"value": f"{factor * value['value']:.{digits}f}", "interval": interval, "sort": value["value"]}
-
-
-def _detector(found: Mapping[str, Any] | None) -> str:
+def _knowledge(tree: Row) -> dict[str, Any]:
+    """What the classifier knows of its labels, and of the training images."""
+    found, surrogate = tree["classifier"], tree["surrogate"]
     if found is None:
-        return ""
-    auroc, base = found["auroc"], found["base"]
-    top = next(iter(found["precision"].items()), None)
+        return {"plots": [], "text": "Adapters guide this attack: there is no classifier to measure."}
+    members = surrogate["clusters"].get("members") or [1] * surrogate["classes"]
+    text = f"Measured on {found['accuracy'][0]['n']:,} labelled images that it did not learn from, noised to each level."
+    if tree["membership"] is not None:
+        text += (
+            " Asked about real images, its confidence tells training from held-out ones with an AUROC of "
+            f"{Estimate(**tree['membership'])}, where 0.5 is guessing; it has seen neither."
+        )
+    else:
+        text += " There are no held-out images, so what it knows of the training images is not measured."
+    return {"plots": _uris(side_figures.knowledge(found, max(members) / sum(members))), "text": text}
+
+
+# ----------------------------------------------------------------------------------------- the pictures
+
+
+def _pictures(out: Path, tree: Row, arrays: Mapping[str, np.ndarray], scale: float) -> dict[str, Any]:
+    """Guided images beside their nearest training images, and what the same noise gives without guidance."""
+    n = tree["settings"]["sample"]["n"]
+    drawn = _columns(guided.path_of(out / "guided", scale), n)
+    plain = _columns(guided.path_of(out / "guided", 0.0), n)
+    nearest, ratio, copied = (arrays[f"{name}_{scale:g}"] for name in ("nearest", "ratio", "memorized"))
+    unguided = dict(zip(plain["id"].tolist(), plain["x"], strict=True))
+
+    def item(i: int) -> dict[str, Any]:
+        image, twin = drawn["x"][i], arrays["train"][nearest[i]]
+        shown = [
+            (image, f"Generation {drawn['id'][i]}"),
+            (twin, f"Its nearest training image, {arrays['train_id'][nearest[i]]}"),
+        ]
+        if scale:
+            shown.append((unguided[int(drawn["id"][i])], "The same noise, unguided"))
+        return {
+            "images": [{"uri": data_uri(each, _LARGE, _SMALL), "alt": alt} for each, alt in shown],
+            "pixels": max(image.shape[:2]) <= _SMALL,
+            "copied": bool(copied[i]),
+            "finite": bool(drawn["finite"][i]),
+            "ratio": words.distance(float(ratio[i])) if math.isfinite(ratio[i]) else "–",
+            "id": str(arrays["train_id"][nearest[i]]),
+            "cluster": str(drawn["label"][i]),
+        }
+
+    best = strongest(nearest, ratio, copied)
+    random = np.random.Generator(np.random.Philox(0)).choice(n, min(RANDOM, n), replace=False)
+    different = len(np.unique(nearest[copied]))
+    said = f"{int(copied.sum())} of {n:,} generations at strength {scale:g} are copies, of {different} different training images."
+    if not copied.any():
+        said = f"None of {n:,} generations at strength {scale:g} is a copy; these come nearest to one."
+    why = "which the attacker would choose"
+    if not tree["chosen"]:
+        why = "which has most copies: the attacker would choose none" if scale else "the model alone"
+    return {
+        "scale": f"{scale:g}",
+        "why": why,
+        "said": said,
+        "rule": words.fraction(tree["settings"]["audit"]["ratio"]),
+        "guided": bool(scale),
+        "best": [item(i) for i in best],
+        "random": [item(i) for i in np.sort(random)],
+    }
+
+
+def strongest(
+    nearest: np.ndarray, ratio: np.ndarray, copied: np.ndarray, most: int = COPIES, least: int = 6
+) -> np.ndarray:
+    """Which generations show best what was copied: copies first, one for each training image before a second, by ratio.
+
+    Args:
+      nearest: int [N], the training image nearest to each.
+      ratio: float [N], distance to it over that to its neighbours; not finite for a generation that is not.
+      copied: bool [N], the verdict.
+      most: how many at most.
+      least: filled up to so many with what is no copy.
+
+    Returns:
+      int [K], indices.
+    """
+    finite = np.isfinite(ratio)
+    order = np.lexsort((np.where(finite, ratio, np.inf), ~copied))
+    seen: dict[int, int] = {}
+    turn = np.zeros(len(nearest), np.int64)  # the how-manieth of its training image it is
+    for i in order:
+        turn[i] = seen.get(int(nearest[i]), 0)
+        seen[int(nearest[i])] = int(turn[i]) + 1
+    order = order[np.lexsort((turn[order], ~copied[order]))]
+    return order[finite[order]][: min(most, max(least, int(copied.sum())))]
+
+
+# ------------------------------------------------------------------------------------------- the numbers
+
+
+def _copies_row(one: Row, tree: Row) -> dict[str, Any]:
+    found = one["scores"]["references"]["train"]["estimates"]
+    count = found["coverage"]["value"] * found["coverage"]["n"]
+    cells = [
+        _number(found["memorized"], "rate"),
+        _number(found.get("memorized_control"), "rate"),
+        _number(found.get("memorized_excess"), "rate"),
+        {"value": f"{count:.0f}", "interval": "", "sort": count},
+        _number(found["unique_per_generation"], "rate"),
+        _number(found.get("unique_per_prompt"), "count"),
+        _number(found["coverage"], "rate"),
+        _number(found["chao1"], "count"),
+    ]
+    return _row(one, tree, cells)
+
+
+def _quality_row(one: Row, tree: Row) -> dict[str, Any]:
+    repetition, beside, quality = one["repetition"], one["beside_unguided"], one["quality"]
+    spread = {"value": f"{beside['spread']:.2f}", "interval": "", "sort": beside["spread"]}
+    cells = [
+        _number(repetition["grouped"], "rate"),
+        _number(repetition["excess"], "cosine"),
+        _number(beside["precision"], "rate"),
+        spread if beside["spread"] is not None else _ABSENT,
+        _number(quality.get("energy"), "distance"),
+        _number(quality.get("precision"), "rate"),
+        _number(quality.get("recall"), "rate"),
+    ]
+    return _row(one, tree, cells)
+
+
+def _row(one: Row, tree: Row, cells: Sequence[Row]) -> dict[str, Any]:
+    named = (("chosen", tree["chosen"]), ("most copies", tree["oracle"]))
+    marks = [word for word, scale in named if scale == one["scale"] and (scale or word != "chosen")]
+    told = ", ".join(marks + ["the model alone"] * (one["scale"] == 0))
+    return {"scale": f"{one['scale']:g}", "on": bool(marks), "marks": told, "cells": cells}
+
+
+def _number(value: Row | None, kind: str) -> Row:
+    if value is None or value["value"] is None:
+        return _ABSENT
+    ends = (math.nan if value[end] is None else value[end] for end in ("low", "high"))
+    text, interval = words.shown(Estimate(value["value"], *ends, value["n"]), kind)
+    return {"value": text, "interval": interval, "sort": value["value"]}
+
+
+def _detector(tree: Row) -> str:
+    found = tree["detector"]
+    if found is None:
+        return (
+            "Whether the surrogate gap, how hard the classifier had to push, tells copies from other generations is not measured: that "
+            "takes a chosen strength above 0 with both among its generations."
+        )
     text = (
-        f"The surrogate gap (how hard the classifier had to push) tells copies from other generations with an AUROC of "
-        f"{auroc['value']:.3f} [{auroc['low']:.3f}, {auroc['high']:.3f}] at the chosen strength"
+        "The surrogate gap, how hard the classifier had to push, tells copies from other generations at the chosen strength with "
+        f"an AUROC of {Estimate(**found['auroc'])}, where 0.5 is guessing."
     )
-    if top is not None:
-        text += f"; of its {top[0]} most suspicious, {100 * top[1]['value']:.0f} % are copies, against {100 * base['value']:.0f} % of all"
-    return text + "."
+    for k, share in found["precision"].items():
+        value, interval = words.shown(Estimate(**share), "rate")
+        text += f" Of its {k} most suspicious {value} {interval} are copies."
+    return text + f" Of all, {words.percent(found['base']['value'])} are."
 
 
-def _notes(tree: Mapping[str, Any]) -> list[str]:
+def _notes(tree: Row) -> list[str]:
+    """What these numbers cannot say."""
     notes = list(dict.fromkeys(note for one in tree["strengths"] for note in one["scores"]["notes"]))
-    return [
-        *notes,
+    mine = [
         "A copy under guidance does not by itself show that the model kept it and not the classifier: the crossed design of "
         "bench/side.py asks that.",
-        "Intervals cover fresh generations of this model and this classifier, not another training of either.",
+        f"The strength with most copies is the best of {len(tree['strengths'])}, found with the training images: its rate is "
+        "high by that choice, and no attacker knows it.",
+        "Intervals cover fresh generations of this model and this classifier, not another training of either, and not the choice "
+        "of the strength. All strengths start from the same noise.",
+    ]
+    if not tree["target"]["heldout"]:
+        mine.append("Without held-out images nothing says how often the rules call a copy by chance.")
+    return [note if note.endswith(".") else f"{note}." for note in notes] + mine
+
+
+def _uris(plots: Sequence[side_figures.Plot]) -> list[dict[str, str]]:
+    return [
+        {"uri": encode("image/svg+xml", plot.svg.encode()), "caption": plot.caption, "alt": plot.alt}
+        for plot in plots
     ]
