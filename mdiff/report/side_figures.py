@@ -12,7 +12,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from mdiff.report import figures
@@ -143,7 +142,7 @@ def over_strength(tree: Row) -> list[Plot]:
                     _Line([one["precision"] for one in beside], "beside unguided ones", COLORS[3]),
                     _Line(
                         [{"value": one["spread"]} for one in beside],
-                        "spread, of unguided ones'",
+                        "spread, against theirs",
                         COLORS[5],
                         "-.",
                     ),
@@ -263,7 +262,8 @@ def _strengths(axes: Axes, scales: Sequence[float]) -> None:
     """A logarithmic axis that holds strength 0, with as many of the strengths named as there is room for."""
     positive = [scale for scale in scales if scale > 0]
     if positive:
-        axes.set_xscale("symlog", linthresh=min(positive))
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
+        axes.set_xlim(min(scales) - 0.25 * min(positive), 1.08 * max(scales))
     place = axes.transData.transform
     low, high = (place((end, 0))[0] for end in (min(scales), max(scales)))
     named: list[float] = []
@@ -277,24 +277,24 @@ def _strengths(axes: Axes, scales: Sequence[float]) -> None:
 
 def _marks(axes: Axes, chosen: float, oracle: float) -> None:
     """Upright lines at the strength chosen and at the best in truth; neither where it is the model alone."""
-    marks = [(chosen, "chosen", "-"), (oracle, "most copies", ":")]
+    marks = sorted({(chosen, "chosen", "-"), (oracle, "most copies", ":")})
     if chosen == oracle:
-        marks = [(chosen, "chosen, most copies", "-")]
-    for scale, name, dash in marks:
-        if scale:
-            axes.axvline(scale, color=_INK, lw=1, ls=dash, zorder=1)
-            axes.text(
-                scale,
-                0.03,
-                f" {name}",
-                transform=axes.get_xaxis_transform(),
-                rotation=90,
-                ha="right",
-                va="bottom",
-                fontsize=8.5,
-                color=_INK,
-                path_effects=[withStroke(linewidth=2.5, foreground="white", alpha=0.85)],
-            )
+        marks = [(chosen, "chosen and most copies", "-")]
+    marks = [mark for mark in marks if mark[0]]
+    for i, (scale, name, dash) in enumerate(marks):
+        axes.axvline(scale, color=_INK, lw=1, ls=dash, zorder=1)
+        axes.text(
+            scale,
+            0.03,
+            f"{name}: {scale:g}",
+            transform=axes.get_xaxis_transform(),
+            rotation=90,
+            ha="left" if i else "right",  # two names stand on either side of their lines
+            va="bottom",
+            fontsize=8.5,
+            color=_INK,
+            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
+        )
 
 
 def _over_cosine(lines: Sequence[tuple[Row, str, str, str, str]], label: str) -> Figure:

@@ -40,7 +40,7 @@ _TEACHERS = {
     "clusters": "clusters of them",
     "shuffled": "clusters of them, dealt at random: a control",
     "model": "the attacked model itself, as a classifier",
-    "oracle": "a classifier trained on the real training images, which no attacker has: for reference",
+    "oracle": "a classifier trained on the real images, which no attacker has",
 }
 _ABSENT = {"value": "", "interval": "", "sort": None}
 
@@ -118,19 +118,18 @@ def _read(out: Path) -> tuple[Row, dict[str, np.ndarray]]:
     return tree, stamped.read(arrays, tree["arrays"], str(path), _AGAIN)
 
 
-def _columns(path: Path, n: int) -> dict[str, np.ndarray]:
-    """The arrays of a file of images, one row for each of `n`."""
+def _columns(path: Path, n: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of these names of a file of images, one row for each of `n`."""
     again = "; delete it and run mdiff side again, which draws it anew"
     if not path.is_file():
         raise UserError(f"{path}: no such file{_AGAIN}")
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-            found = {name: stored[name] for name in stored.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            found = {name: stored[name] for name in names}
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path}: is damaged{again}") from None
-    if "x" not in found or len(found["x"]) != n:
-        count = len(found["x"]) if "x" in found else 0
-        raise UserError(f"{path}: holds {count} images where side.json counts {n}{again}")
+    if len(found["x"]) != n:
+        raise UserError(f"{path}: holds {len(found['x'])} images where side.json counts {n}{again}")
     return found
 
 
@@ -155,7 +154,7 @@ def _attack(tree: Row) -> list[tuple[str, str]]:
     guide = f"a classifier of {seen}: {classifier['arch']}, {classifier['steps']:,} steps"
     if adapter["rank"]:
         guide = f"low-rank adapters of the model, rank {adapter['rank']}, {adapter['steps']:,} steps"
-    rows = [
+    return [
         ("the attacker drew", f"{about['surrogate']['n']:,} unguided images from the model"),
         ("labelled by", _TEACHERS[surrogate["teacher"]] + f"; {surrogate['classes']} classes"),
         ("learned from", f"{surrogate['images']:,} of these images"),
@@ -163,7 +162,6 @@ def _attack(tree: Row) -> list[tuple[str, str]]:
         ("sampler", f"{sample['method']}, {sample['steps']} steps, seed {sample['seed']}"),
         ("command", tree["command"]),
     ]
-    return rows
 
 
 def _surrogate(out: Path, tree: Row) -> dict[str, Any] | None:
@@ -171,7 +169,7 @@ def _surrogate(out: Path, tree: Row) -> dict[str, Any] | None:
     about = tree["surrogate"]["clusters"]
     if not about:
         return None
-    images = _columns(out / "synthetic.npz", about["images"])["x"]
+    images = _columns(out / "synthetic.npz", about["images"], ("x",))["x"]
     labels = clustering.load(out).labels
     if len(labels) != len(images):
         raise UserError(
@@ -183,37 +181,29 @@ def _surrogate(out: Path, tree: Row) -> dict[str, Any] | None:
     for k in order:
         members = images[np.flatnonzero(labels == k)[:MEMBERS]]
         own, labelled = kept[k]["size"], about["members"][k]
+        less = f" ({own} its own)" if labelled != own else ""
         sheet.append(
             {
                 "uri": data_uri(_strip(members), MEMBERS * _LARGE, MEMBERS * (_SMALL + 4)),
                 "pixels": images.shape[2] <= _SMALL,
                 "share": 100 * len(members) / MEMBERS,
-                "text": f"{labelled} images"
-                + (f" ({own} its own)" if labelled != own else "")
-                + f", cohesion {kept[k]['cohesion']:.2f}",
+                "text": f"{labelled} images{less}, cohesion {kept[k]['cohesion']:.2f}",
                 "alt": f"{len(members)} images of cluster {k}",
             }
         )
-    dropped = about["found"] - about["kept"]
-    rest = about["images"] - about["labelled"]
     text = (
         f"{about['kept']} of {about['found']} clusters of {about['images']:,} unguided images (space: {about['space']}) are kept: "
         f"cohesive to {settings['cohesion']:g} and of {settings['min_size']} images or more."
     )
-    if dropped:
-        text += " Images of the others went " + (
-            "to the nearest kept cluster." if settings["dropped"] == "reassign" else f"out, {rest:,} of them."
-        )
+    if about["found"] > about["kept"]:
+        out_of = f"out, {about['images'] - about['labelled']:,} of them"
+        where = "to the nearest kept cluster" if settings["dropped"] == "reassign" else out_of
+        text += f" Images of the others went {where}."
     if tree["surrogate"]["teacher"] == "shuffled":
         text += " Labels were then dealt at random, so the rows below have no common content: this is the control."
     plot = side_figures.clusters(about["clusters"], settings["cohesion"], settings["min_size"])
-    return {
-        "text": text,
-        "plots": _uris([plot]),
-        "open": sheet[:OPEN],
-        "folded": sheet[OPEN:],
-        "left": len(kept) - len(sheet),
-    }
+    shown = {"open": sheet[:OPEN], "folded": sheet[OPEN:], "left": len(kept) - len(sheet)}
+    return {"text": text, "plots": _uris([plot]), **shown}
 
 
 def _strip(images: np.ndarray) -> np.ndarray:
@@ -249,8 +239,8 @@ def _knowledge(tree: Row) -> dict[str, Any]:
 def _pictures(out: Path, tree: Row, arrays: Mapping[str, np.ndarray], scale: float) -> dict[str, Any]:
     """Guided images beside their nearest training images, and what the same noise gives without guidance."""
     n = tree["settings"]["sample"]["n"]
-    drawn = _columns(guided.path_of(out / "guided", scale), n)
-    plain = _columns(guided.path_of(out / "guided", 0.0), n)
+    names, folder = ("x", "id", "label", "finite"), out / "guided"
+    drawn, plain = (_columns(guided.path_of(folder, each), n, names) for each in (scale, 0.0))
     nearest, ratio, copied = (arrays[f"{name}_{scale:g}"] for name in ("nearest", "ratio", "memorized"))
     unguided = dict(zip(plain["id"].tolist(), plain["x"], strict=True))
 
@@ -362,8 +352,8 @@ def _row(one: Row, tree: Row, cells: Sequence[Row]) -> dict[str, Any]:
 def _number(value: Row | None, kind: str) -> Row:
     if value is None or value["value"] is None:
         return _ABSENT
-    ends = (math.nan if value[end] is None else value[end] for end in ("low", "high"))
-    text, interval = words.shown(Estimate(value["value"], *ends, value["n"]), kind)
+    low, high = (math.nan if value[end] is None else value[end] for end in ("low", "high"))
+    text, interval = words.shown(Estimate(value["value"], low, high, value["n"]), kind)
     return {"value": text, "interval": interval, "sort": value["value"]}
 
 
