@@ -130,7 +130,7 @@ def _lambda(tree: Row) -> list[Row]:
 def _controls(tree: Row) -> list[Row]:
     alone = pick(tree, attacker="ascent")
     rows = [
-        within("the classifier alone, by gradient ascent, makes copies (excess within 1 point of 0 means that it does not)", "controls", alone["memorized_excess"], 0.01),
+        within("the classifier alone, by gradient ascent, makes no copies (excess over C within 1 point)", "controls", alone["memorized_excess"], 0.01),
     ]  # fmt: skip
     for name, text in (
         ("clusters over shuffled", "clusters guide better than labels dealt at random"),

@@ -138,6 +138,7 @@ def test_a_folder_holds_one_attack(chain, changed, words):
     [
         (replace(CFG, scales=(0.0, -1.0)), ("-1",)),
         (replace(CFG, scales=()), ("scales",)),
+        (replace(CFG, scales=(2.0, 4.0)), ("scales = (2.0, 4.0)", "add it")),
         (replace(CFG, quality_floor=1.5), ("quality_floor = 1.5",)),
         (replace(CFG, surrogate=replace(CFG.surrogate, n=4)), ("surrogate.n = 4", "clusters = 6")),
         (replace(CFG, surrogate=replace(CFG.surrogate, level=0.0)), ("surrogate.level = 0",)),

@@ -93,6 +93,10 @@ def check(cfg: Side) -> None:
     check_values(cfg)
     clustering.check(cfg.surrogate)
     guided.check_scales(cfg.scales)
+    if 0 not in cfg.scales:
+        raise UserError(
+            f"scales = {cfg.scales}: has no 0, the model alone, which the others are compared with; add it"
+        )
     sampler.check(cfg.sample)
     sets.check(cfg.audit)
     spaces.check(_space(cfg.surrogate))

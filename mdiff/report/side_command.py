@@ -188,16 +188,16 @@ def verdict(
         lines.append(
             "No strength repeats more than the model alone within the quality floor: none is chosen."
         )
-    if oracle != chosen:
-        lines.append(f"The most copies are at strength {oracle:g}: {copies(by_scale[oracle])}.")
     excess = picked.scores["train"].estimates.get("memorized_excess")
     if excess is None:
         lines.append("There are no held-out images: how many copies the rule finds by chance is unknown.")
     else:
-        lines.append(f"Beyond what the same rule finds among held-out images it is {_percent(excess)}.")
+        lines.append(f"That is {_percent(excess)} beyond what the same rule finds among held-out images.")
+    if oracle != chosen:
+        lines.append(f"The most copies are at strength {oracle:g}: {copies(by_scale[oracle])}.")
     if members is not None:
         lines.append(
-            f"The classifier alone tells training from held-out images with an AUROC of {members:.3f}; it saw generations only."
+            f"The classifier's confidence alone tells training from held-out images with an AUROC of {members:.3f}."
         )
     return lines
 
