@@ -79,6 +79,11 @@ def above(text: str, source: str, estimate: Row | None, limit: float = 0.0) -> R
     return claim(text, source, estimate, lambda low, high: low > limit, lambda low, high: high < limit)
 
 
+def below(text: str, source: str, estimate: Row | None) -> Row:
+    """The number lies below 0."""
+    return claim(text, source, estimate, lambda low, high: high < 0, lambda low, high: low > 0)
+
+
 def within(text: str, source: str, estimate: Row | None, limit: float) -> Row:
     """The number lies within limit of 0."""
     return claim(
@@ -186,21 +191,17 @@ def _evidence(tree: Row) -> list[Row]:
         )
     )
     rows.append(
-        claim(
+        below(
             "models nearer to the empirical optimum memorize more (Spearman below 0)",
             "evidence",
             tree["optimum"]["memorized with distance"],
-            lambda low, high: high < 0,
-            lambda low, high: low > 0,
         )
     )
     rows.append(
-        claim(
+        below(
             "Delta M beyond held-out goes with memorization (Spearman below 0)",
             "evidence",
             tree["optimum"]["memorized with delta_m excess"],
-            lambda low, high: high < 0,
-            lambda low, high: low > 0,
         )
     )
     return rows

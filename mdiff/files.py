@@ -7,7 +7,6 @@ needs one of these goes through a function of this module. Of a job of many proc
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -83,12 +82,11 @@ def modified(path: Path) -> float:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder with all that is in it, if there is one; on an object store it ends with its last file."""
-    with contextlib.suppress(FileNotFoundError):
-        if is_local(folder):
-            shutil.rmtree(folder)
-        else:
-            folder.rmtree()  # type: ignore[attr-defined]
+    """Delete a folder with all that is in it."""
+    if is_local(folder):
+        shutil.rmtree(folder)
+    else:
+        folder.rmtree()  # type: ignore[attr-defined]
 
 
 def free_bytes(folder: Path) -> float:

@@ -25,7 +25,8 @@ JOINS = """
 from mdiff import config, processes
 cluster = processes.detect()
 processes.join(config.Processes())
-print(cluster, processes.index(), "of", processes.count(), processes.gather(b"%d" % processes.index()), flush=True)
+line = [cluster, processes.index(), "of", processes.count(), processes.gather(b"%d" % processes.index())]
+print("\\n" + " ".join(map(str, line)), flush=True)  # one write: two processes share the pipe
 """
 SRUN = """#!/usr/bin/env bash
 # Two tasks on this machine, as Slurm would number them.

@@ -256,7 +256,7 @@ def child(code: str, devices: int) -> dict:
 
 
 MEASURE = """
-import json, sys
+import json, sys, time
 import jax, numpy as np
 from mdiff import config
 from mdiff.files import strict
@@ -286,8 +286,9 @@ def measure(fsdp, remat):
     found["held"] = sum(part.data.nbytes for part in shards if part.device == jax.devices()[0])
     state, _ = compiled(state, resident, rows)  # now the state is the program's own, and is donated
     growth = []
-    for _ in range(4):
+    for _ in range(6):
         jax.block_until_ready(state)
+        time.sleep(0.3)  # results are ready before the thread that made them frees its temporaries
         open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
         before = status("VmRSS")
         state, _ = compiled(state, resident, rows)

@@ -19,6 +19,7 @@ from mdiff.probes import gap, returns, sets
 from mdiff.process.laws import VarianceExploding
 from mdiff.process.times import make_grid
 from mdiff.recipes import evidence
+from mdiff.sample import sampler
 from mdiff.sample.steps import METHODS
 from mdiff.types import to_float, to_uint8
 
@@ -37,7 +38,7 @@ def faces():
 def _back(fn, method, x0, times, ids):
     u = x0 + PROCESS.noise_level(times[0]) * gap.fixed_noise(0, 0, ids, x0.shape[1:])
     step = METHODS[method](PROCESS, config.Sample(method=method, steps=12))
-    return returns.descend(step, from_sigma_fn(fn, PROCESS), u, times, keys(0, "r", ids))
+    return sampler.descend(from_sigma_fn(fn, PROCESS), step, u, times, keys(0, "r", ids))
 
 
 def back(fn, images, levels, method="ddim"):

@@ -10,7 +10,6 @@ Principal components are centred: a cosine there is between deviations from the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,13 +214,7 @@ def load(folder: str | Path) -> Clusters:
     if not path.is_file() or not path.with_suffix(".npz").is_file():
         missing = path if not path.is_file() else path.with_suffix(".npz")
         raise UserError(f"{missing}: no such file{again}")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: not JSON{again}") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        found = tree.get("format") if isinstance(tree, dict) else None
-        raise UserError(f"{path}: format {found}, this version reads {FORMAT}{again}")
+    tree = stamped.read_json(path, FORMAT, again)
     arrays = stamped.read(path.with_suffix(".npz"), tree.get("arrays"), str(path), again)
     return Clusters(**arrays, inertia=float(tree["inertia"]), space=tree["space"])
 

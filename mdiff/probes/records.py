@@ -161,13 +161,7 @@ def load(folder: str | Path, probe: str) -> ProbeResult:
     again = "; run the probe again"
     if not path.is_file():
         raise UserError(f"{path}: no such file; run mdiff eval or mdiff audit with --probes {probe}")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: not JSON{again}") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        found = tree.get("format") if isinstance(tree, dict) else None
-        raise UserError(f"{path}: format {found}, this version reads {FORMAT}{again}")
+    tree = stamped.read_json(path, FORMAT, again)
     try:
         return ProbeResult(
             probe=tree["probe"],

@@ -15,16 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mdiff.config import Audit
 from mdiff.errors import UserError
 from mdiff.features.pixel import flatten
 from mdiff.probes import intervals, sets, similarity
-from mdiff.sample.steps import Interval, State, Step
-from mdiff.types import Array, Denoiser, Estimate, Key
+from mdiff.types import Estimate
 
 
 @dataclass(frozen=True)
@@ -116,31 +113,3 @@ def _check(name: str, group: Group, levels: int) -> None:
         raise UserError(
             f"{name}: homes {home.min()} to {home.max()} in a reference of {len(group.reference)}; give indices into it"
         )
-
-
-def descend(
-    step: Step, denoiser: Denoiser, u: Array, times: Array, each: Key, cond: Array | None = None
-) -> Array:
-    """Denoise from where an image is, not from pure noise; otherwise as `sample.sampler.integrate`.
-
-    Args:
-      step: from `sample.steps.METHODS`.
-      denoiser: `(xt, t, cond) -> Prediction`.
-      u: [N,H,W,C] noisy images at unit signal scale, at the noise level of times[0].
-      times: [steps + 1] falling, the last 0.
-      each: [N] keys, for samplers that add noise.
-      cond: [N,E] conditions or None.
-
-    Returns:
-      [N,H,W,C] images, not clipped.
-    """
-    before = jnp.concatenate([times[:1], times[:-2]])
-    final = len(times) - 2
-
-    def body(state: State, at: tuple[Array, Array, Array, Array]) -> tuple[State, None]:
-        return step(denoiser, state, Interval(*at, last=False), each, cond), None
-
-    intervals = (jnp.arange(final), before[:final], times[:final], times[1 : final + 1])
-    state, _ = jax.lax.scan(body, State(u, jnp.zeros_like(u)), intervals)
-    at = Interval(jnp.int32(final), before[final], times[final], times[-1], last=True)
-    return step(denoiser, state, at, each, cond).u

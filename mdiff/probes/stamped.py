@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,27 @@ def pack(arrays: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **dict(arrays))  # type: ignore[arg-type]
     return buffer.getvalue(), _digest(buffer.getvalue())
+
+
+def read_json(path: Path, form: int, again: str) -> dict[str, Any]:
+    """The JSON object at `path`, which exists.
+
+    Args:
+      path: the file.
+      form: the "format" it must have.
+      again: what an error tells to do.
+
+    Raises:
+      UserError: it is no JSON, or of another format.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not JSON{again}") from None
+    if not isinstance(tree, dict) or tree.get("format") != form:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise UserError(f"{path}: format {found}, this version reads {form}{again}")
+    return tree
 
 
 def read(path: Path, stamp: str | None, owner: str, again: str) -> dict[str, np.ndarray]:

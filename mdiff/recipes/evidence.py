@@ -25,7 +25,7 @@ from mdiff.keys import keys
 from mdiff.nets import closed_form
 from mdiff.nets.denoiser import Model, from_sigma_fn
 from mdiff.nets.dit import DiT
-from mdiff.probes import detectors, gap, returns
+from mdiff.probes import detectors, gap
 from mdiff.process.gaussian import GaussianProcess, bcast
 from mdiff.process.times import make_grid
 from mdiff.recipes import answers
@@ -171,7 +171,7 @@ def _return_program(model: Model, cfg: config.Sample, seed: int) -> Callable[...
         noise = gap.fixed_noise(seed, 0, ids, x.shape[1:])
         u = x + model.process.noise_level(times[0]) * noise
         return {
-            "back": returns.descend(step, model.denoiser(params), u, times, keys(seed, "return", ids), cond)
+            "back": sampler.descend(model.denoiser(params), step, u, times, keys(seed, "return", ids), cond)
         }
 
     return program

@@ -25,7 +25,7 @@ from mdiff.recipes.runs import Experiment, load_params
 from mdiff.sample import guidance, sampler
 from mdiff.train import loop, mesh
 from mdiff.train.ledger import Ledger
-from mdiff.types import Array, Params, to_uint8
+from mdiff.types import Array, Denoiser, Params, to_uint8
 
 
 def conditions(model: Model, params: Params, index: Array, vectors: np.ndarray | None = None) -> Array | None:
@@ -38,6 +38,22 @@ def conditions(model: Model, params: Params, index: Array, vectors: np.ndarray |
     if model.embedding.vector and vectors is not None:
         entries["vector"] = jnp.asarray(vectors)[index % len(vectors)]
     return model.condition(params, entries, n=len(index))
+
+
+def seen_of(model: Model, seed: int, index: Array) -> Array | None:
+    """A~ of samples `index` [B] of a model of damaged images, [B,H,W,1]; None for any other model."""
+    if model.damage is None:
+        return None
+    return model.damage.fresh(keys(seed, "sample damage", index), *model.shape[:2])
+
+
+def own_denoiser(model: Model, params: Params, cfg: config.Sample, seen: Array | None) -> Denoiser:
+    """The model as it is sampled, with the classifier-free guidance that is asked for."""
+    denoiser = model.denoiser(params, seen=seen)
+    if cfg.guidance == 1:
+        return denoiser
+    null, span = model.condition(params, {}, n=1), (cfg.guidance_min, cfg.guidance_max)
+    return guidance.classifier_free(denoiser, null, cfg.guidance, model.process, *span)
 
 
 def sample_program(
@@ -64,13 +80,7 @@ def sample_program(
     def generate(params: Params, index: Array) -> Array:
         if split is not None:
             index = jax.lax.with_sharding_constraint(index, split)
-        seen = None
-        if model.damage is not None:
-            seen = model.damage.fresh(keys(cfg.seed, "sample damage", index), *model.shape[:2])
-        denoiser = model.denoiser(params, seen=seen)
-        if cfg.guidance != 1:
-            null, span = model.condition(params, {}, n=1), (cfg.guidance_min, cfg.guidance_max)
-            denoiser = guidance.classifier_free(denoiser, null, cfg.guidance, model.process, *span)
+        denoiser = own_denoiser(model, params, cfg, seen_of(model, cfg.seed, index))
         cond = conditions(model, params, index, vectors)
         every = keys(cfg.seed, "sample", index)
         with nullcontext() if on is None else mesh.activations_on(on):
@@ -130,7 +140,7 @@ def draw_kept(
 ) -> None:
     """As `draw`, into the file `path`: `x` uint8 [n,H,W,C], `id` [n], and what is given `also`.
 
-    Finished batches are kept in `unfinished` until all are there, so an interrupted call goes on where it was.
+    Finished batches are kept in `unfinished`, so an interrupted call goes on where it was; the caller removes it.
     """
     todo = batches(n, batch)
     paths = [unfinished / f"{place:06d}.npy" for place in range(len(todo))]
@@ -145,7 +155,6 @@ def draw_kept(
         write_atomically(
             path, lambda temporary: np.savez_compressed(temporary, x=images, id=np.arange(n), **also)
         )
-        remove(unfinished)
 
     processes.from_first(join)
 

@@ -26,7 +26,7 @@ from mdiff.recipes import generate
 from mdiff.sample import guidance, stepwise
 from mdiff.sample.guidance import Guide
 from mdiff.train import loop, mesh
-from mdiff.types import Array, Denoiser, Key, Params, to_uint8
+from mdiff.types import Array, Key, Params, to_uint8
 
 Form = Literal["steps", "scan"]
 """A Python loop over a compiled step, or one compiled scan."""
@@ -94,10 +94,8 @@ def _programs(model: Model, cfg: config.Sample, guide: Guide, on: DeviceMesh | N
     @functools.partial(jax.jit, static_argnames="seed")
     def begin(params: Params, index: Array, vectors: Any, seed: int) -> tuple[stepwise.Walk, _Rows]:
         index = shared(index)
-        every, seen = keys(seed, "sample", index), None
-        if model.damage is not None:
-            seen = model.damage.fresh(keys(seed, "sample damage", index), *model.shape[:2])
-        rows = _Rows(every, generate.conditions(model, params, index, vectors), seen)
+        every, cond = keys(seed, "sample", index), generate.conditions(model, params, index, vectors)
+        rows = _Rows(every, cond, generate.seen_of(model, seed, index))
         return shared(stepwise.begin(process, cfg, every, model.shape)), shared(rows)
 
     def advance(
@@ -111,10 +109,7 @@ def _programs(model: Model, cfg: config.Sample, guide: Guide, on: DeviceMesh | N
         last: bool = False,
     ) -> stepwise.Walk:
         label, scale = shared((label, scale))
-        denoiser: Denoiser = model.denoiser(params, seen=rows.seen)
-        if cfg.guidance != 1:
-            null, span = model.condition(params, {}, n=1), (cfg.guidance_min, cfg.guidance_max)
-            denoiser = guidance.classifier_free(denoiser, null, cfg.guidance, process, *span)
+        denoiser = generate.own_denoiser(model, params, cfg, rows.seen)
         log_prob = functools.partial(guide.log_prob, guide_params)
         walk = stepwise.advance(
             process, cfg, denoiser, log_prob, walk, when, rows.keys, label, scale, rows.cond, last

@@ -12,6 +12,7 @@ themselves; training images are read by the last stage only, which is the audito
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from mdiff import config, processes, side
 from mdiff.errors import UserError
 from mdiff.features import spaces
 from mdiff.fields import check_values, to_json
-from mdiff.files import locate, write_json
+from mdiff.files import locate, remove, write_json
 from mdiff.nets.classifier import Classifier
 from mdiff.probes import clusters as clustering
 from mdiff.probes import sets
@@ -164,6 +165,7 @@ def synthesize(target: Target, cfg: Side, folder: Path, monitor: loop.Monitor) -
             monitor,
             "synthetic",
         )
+        processes.from_first(lambda: remove(unfinished))
     with path.open("rb") as opened, np.load(opened) as stored:
         images: np.ndarray = stored["x"]
     return images
@@ -275,10 +277,7 @@ def extract(
     """
     sampling = _sampling(target, cfg.sample)
     generator = guided.make_generator(target.model, sampling, guide, mesh.make_mesh(cfg.mesh))
-
-    def draw(index: Any, wanted: Any, scale: float) -> guided.Guided:
-        return generator(target.params, guide_params, index, wanted, scale)
-
+    draw = functools.partial(generator, target.params, guide_params)
     scales = cfg.scales if scales is None else scales
     return _drawn(target, sampling, draw, guide_params, guide.classes, scales, folder, monitor, guard)
 
@@ -306,10 +305,7 @@ def extract_adapted(
         raise Stopped(outcome.stopped)
     sampling, fitted = _sampling(target, cfg.sample), outcome.state.ema
     generator = adapt.make_generator(target.model, sampling, mesh.make_mesh(cfg.mesh))
-
-    def draw(index: Any, wanted: Any, scale: float) -> guided.Guided:
-        return generator(target.params, fitted, index, wanted, scale)
-
+    draw = functools.partial(generator, target.params, fitted)
     return _drawn(target, sampling, draw, fitted, labelled.classes, cfg.scales, folder, monitor, guard)
 
 

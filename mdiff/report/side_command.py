@@ -26,9 +26,6 @@ from mdiff.report import side_page
 from mdiff.train import workdir
 from mdiff.types import Estimate
 
-FORMAT = 1
-"""Of `side.json`."""
-
 
 def execute(args: commands.SideArgs, settings: dict[str, Any], command: str) -> int:
     """The command, with its arguments parsed.
@@ -117,7 +114,7 @@ def _tree(
         )
     known = {} if labelled.clusters is None else clustering.to_json(labelled.clusters)
     return {
-        "format": FORMAT,
+        "format": side_page.READS,
         "command": command,
         "target": {**target.identity, "train": len(subset.train), "heldout": len(subset.heldout)},
         "settings": to_json(args.fields),

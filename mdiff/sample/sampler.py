@@ -53,13 +53,32 @@ def integrate(
       [B,H,W,C] images, not clipped.
     """
     times = jnp.asarray(grid, jnp.float32)
+    u = start(process.noise_level(times[0]), keys, shape)
+    return descend(denoiser, step, u, times, keys, cond)
+
+
+def descend(
+    denoiser: Denoiser, step: Step, u: Array, times: Array, keys: Key, cond: Array | None = None
+) -> Array:
+    """Denoise from where an image is; from pure noise this is `integrate`.
+
+    Args:
+      denoiser: `(xt, t, cond) -> Prediction`.
+      step: from `METHODS`.
+      u: [B,H,W,C] noisy images at unit signal scale, at the noise level of times[0].
+      times: [steps + 1] falling, the last 0.
+      keys: [B] one key per sample, for methods that add noise.
+      cond: [B,E] conditions or None.
+
+    Returns:
+      [B,H,W,C] images, not clipped.
+    """
     before = jnp.concatenate([times[:1], times[:-2]])
-    final = len(grid) - 2
+    final = len(times) - 2
 
     def body(state: State, at: tuple[Array, Array, Array, Array]) -> tuple[State, None]:
         return step(denoiser, state, Interval(*at, last=False), keys, cond), None
 
-    u = start(process.noise_level(times[0]), keys, shape)
     intervals = (jnp.arange(final), before[:final], times[:final], times[1 : final + 1])
     state, _ = jax.lax.scan(body, State(u, jnp.zeros_like(u)), intervals)
     at = Interval(jnp.int32(final), before[final], times[final], times[-1], last=True)
