@@ -15,6 +15,7 @@ FLOORS = {
         "fields",
         "config",
         "side",
+        "nemo",
         "files",
         "console",
         "flops",
