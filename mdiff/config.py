@@ -51,6 +51,12 @@ class Data:
     """Shift each training image by up to so many pixels, with mirrored edges."""
     augment: float = 0.0
     """Probability of the transforms of EDM's non-leaky augmentation (flips along x: half); the network is told."""
+    ladder: dict[int, int] = field(default_factory=dict)
+    """Planted duplicates by rung: copies -> how many images have so many (sources with families)."""
+    templates: int = 0
+    """With ladder: families trained on whole, each of one layout with a varying part, under one caption."""
+    template_copies: int = 20
+    """With ladder: copies of each image of such a family."""
     duplicates: dict[int, int] = field(default_factory=dict)
     """Planted duplicates: training image id -> how many copies of it are trained on."""
     planted_flips: dict[int, int] = field(default_factory=dict)
@@ -105,6 +111,16 @@ class Net:
     """Number of class labels; 0 trains without labels."""
     vector: int = 0
     """Width of the vector condition that comes with each image; 0 trains without one."""
+    text: int = 0
+    """U-Nets: width of the text encoder, whose tokens are attended to; 0 trains without captions."""
+    text_blocks: int = 2
+    """Transformer blocks of the text encoder."""
+    text_length: int = 24
+    """Tokens of a caption: its start, its words, its end, padding."""
+    vocabulary: int = 1024
+    """Tokens that byte-pair encoding learns from the captions."""
+    cross: tuple[int, ...] = (16, 8, 4)
+    """Resolutions (of the feature map) whose blocks attend to the text."""
     condition_dropout: float = 0.0
     """Share of training examples whose condition is dropped: what classifier-free guidance needs."""
     prediction: Literal["edm", "x0", "eps", "v", "velocity"] = "edm"

@@ -116,7 +116,7 @@ def plant(train: Images, planted: tuple[Planted, ...]) -> Images:
         id=np.concatenate([train.id, np.array([each.id for each in planted], np.int32)]),
         **{
             name: _joined(getattr(train, name), getattr(originals, name))
-            for name in ("label", "files", "caption", "family", "vector")
+            for name in ("label", "files", "caption", "family", "vector", "tokens")
         },
     )
 

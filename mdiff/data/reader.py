@@ -80,6 +80,9 @@ def _columns(cfg: config.Config, subset: Subset) -> dict[str, np.ndarray]:
             have = f"has vectors of width {width}" if width else "has no array vector"
             raise UserError(f"net.vector = {net.vector}: {train.name!r} {have}; set net.vector to {width}")
         columns["vector"] = train.vector
+    if net.text:
+        assert train.tokens is not None  # of `captions.tokenize`
+        columns["tokens"] = train.tokens
     if cfg.data.degrade != "none":
         columns["noise"] = noise_keys(np.asarray(train.x))  # whose damage; reading from disk is refused
     return columns

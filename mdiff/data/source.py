@@ -41,6 +41,7 @@ class Images:
       family: int32 [N]; images of one number are the same up to a known variation, such as skin tone, and
         every other image has a number of its own. None if nothing is known.
       vector: float32 [N,V], the vector condition of each image, or None.
+      tokens: int32 [N,L], the caption as the network reads it (`mdiff.data.captions`), or None.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Images:
     caption: tuple[str, ...] | None = None
     family: np.ndarray | None = None
     vector: np.ndarray | None = None
+    tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -70,6 +72,7 @@ class Images:
             caption=of(self.caption),
             family=None if self.family is None else self.family[indices],
             vector=None if self.vector is None else self.vector[indices],
+            tokens=None if self.tokens is None else self.tokens[indices],
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from mdiff import config as config_lib
+from mdiff.data import captions, ladder
 from mdiff.data.disk import DiskImages
 from mdiff.data.plant import Planted, as_json, check, from_json, plan, plant
 from mdiff.data.source import Images
@@ -32,12 +33,21 @@ class Subset:
       heldout: images that are never trained on: the audit's control.
       slots: int32 [S] indices into `train`; an image with k duplicates occurs k times.
       planted: how the last images of `train` were made.
+      templates: families trained on under one caption (`mdiff.data.ladder`).
+      tokenizer: of a text model, once its captions are tokens (`mdiff.data.captions`).
     """
 
     train: Images
     heldout: Images
     slots: np.ndarray
     planted: tuple[Planted, ...] = ()
+    templates: tuple[ladder.Template, ...] = ()
+    tokenizer: captions.Tokenizer | None = None
+
+    @property
+    def copies(self) -> np.ndarray:
+        """int [len(train)]: how often each training image is seen in an epoch."""
+        return np.bincount(self.slots, minlength=len(self.train))
 
     @property
     def origin(self) -> np.ndarray:
@@ -86,6 +96,9 @@ def split(config: config_lib.Data, images: Images) -> Subset:
             f"data.n = {config.n} and data.heldout = {config.heldout}: {images.name!r} has {total} images{less}; "
             f"set data.heldout to {total - config.n} or fewer"
         )
+    ladder.check(config, images)
+    if config.ladder:
+        return _climb(config, images)
     order = permutation(config.seed, "split", 0, len(images))
     first, rest = order[config.skip : config.skip + config.n], order[config.skip + config.n :]
     if images.family is not None:
@@ -108,6 +121,15 @@ def split(config: config_lib.Data, images: Images) -> Subset:
     planted = plan(config, train)
     slots = _slots(config.duplicates, train.id, len(planted))
     return Subset(plant(train, planted), heldout, slots, planted)
+
+
+def _climb(config: config_lib.Data, images: Images) -> Subset:
+    """The training images of a ladder, under their captions, and held-out ones."""
+    drawn = ladder.draw(config, images)
+    in_memory = config.reading == "memory"
+    train = ladder.caption(_drawn(images, drawn.train, in_memory), drawn.templates)
+    slots = np.repeat(np.arange(len(drawn.train), dtype=np.int32), drawn.copies)
+    return Subset(train, _drawn(images, drawn.heldout, in_memory), slots, (), drawn.templates)
 
 
 def _by_family(
@@ -160,8 +182,10 @@ def save_subset(path: str | Path, subset: Subset, config: config_lib.Data) -> No
         "size": config.size,
         "seed": config.seed,
         "shape": list(subset.train.x.shape[1:]),
-        "duplicates": {str(i): copies for i, copies in config.duplicates.items()},
+        "duplicates": {str(i): int(n) for i, n in zip(subset.train.id, subset.copies, strict=True) if n > 1},
         "planted": [as_json(each) for each in subset.planted],
+        "templates": [each._asdict() for each in subset.templates],
+        "tokenizer": None if subset.tokenizer is None else subset.tokenizer.to_json(),
     }
     on_disk = isinstance(subset.train.x, DiskImages)
     if on_disk:
@@ -200,6 +224,12 @@ def load_subset(path: str | Path, images: Images) -> Subset:
         hashes = {} if fingerprint else {name: str(tree[name]["sha256"]) for name in ids}
         duplicates = {int(i): int(copies) for i, copies in tree["duplicates"].items()}
         planted = tuple(from_json(each) for each in tree.get("planted", ()))
+        templates = tuple(
+            ladder.Template(each["caption"], tuple(map(int, each["ids"])))
+            for each in tree.get("templates", ())
+        )
+        kept = tree.get("tokenizer")
+        tokenizer = None if kept is None else captions.from_json(kept)
         source, size = tree["source"], tree["size"]
     except OSError as error:
         raise UserError(
@@ -232,4 +262,5 @@ def load_subset(path: str | Path, images: Images) -> Subset:
                 raise damaged from error
         if hashes and _sha256(parts[name]) != hashes[name]:
             raise other(name)
-    return Subset(parts["train"], parts["heldout"], slots, planted)
+    train = ladder.caption(parts["train"], templates)
+    return Subset(train, parts["heldout"], slots, planted, templates, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mdiff import config
+from mdiff.data.captions import FEWEST
 from mdiff.errors import UserError
 
 
@@ -13,6 +14,8 @@ def check(cfg: config.Net, size: int) -> None:
       UserError: a field is out of range, does not fit another one, or does not apply to `cfg.arch`.
     """
     _check_ranges(cfg)
+    if cfg.text:
+        _check_text(cfg, size)
     if cfg.arch == "dit":
         _check_dit(cfg, size)
     else:
@@ -33,10 +36,12 @@ def _check_ranges(cfg: config.Net) -> None:
     for name in ("dropout", "condition_dropout"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"net.{name} = {getattr(cfg, name)}: must be in [0, 1)")
-    if cfg.condition_dropout and not (cfg.classes or cfg.vector):
+    if cfg.text < 0:
+        raise UserError(f"net.text = {cfg.text}: must be 0 (none) or more")
+    if cfg.condition_dropout and not (cfg.classes or cfg.vector or cfg.text):
         raise UserError(
             f"net.condition_dropout = {cfg.condition_dropout}: there is no condition to drop; "
-            "set net.classes or net.vector, or leave it at 0"
+            "set net.classes, net.vector or net.text, or leave it at 0"
         )
     if not 0 < cfg.sigma_data < float("inf"):
         raise UserError(
@@ -47,6 +52,34 @@ def _check_ranges(cfg: config.Net) -> None:
             f"net.sigma_data = {cfg.sigma_data}: applies to net.prediction edm only; "
             f"leave it at {config.Net().sigma_data} (prediction is {cfg.prediction})"
         )
+
+
+def _check_text(cfg: config.Net, size: int) -> None:
+    if cfg.arch == "dit":
+        raise UserError(
+            f"net.text = {cfg.text}: a DiT reads no text; set net.arch to ddpmpp, or net.text to 0"
+        )
+    for name in ("classes", "vector"):
+        if getattr(cfg, name):
+            raise UserError(
+                f"net.{name} = {getattr(cfg, name)}: text is the only condition of a text model; set it to 0"
+            )
+    if cfg.text < 8 or cfg.text % 4:
+        raise UserError(
+            f"net.text = {cfg.text}: must be a multiple of 4, 8 or more; 0 trains without captions"
+        )
+    if cfg.text_blocks < 1:
+        raise UserError(f"net.text_blocks = {cfg.text_blocks}: must be 1 or more")
+    if cfg.text_length < 3:
+        raise UserError(f"net.text_length = {cfg.text_length}: must be 3 or more (start, a word, end)")
+    if cfg.vocabulary < FEWEST:
+        raise UserError(
+            f"net.vocabulary = {cfg.vocabulary}: must be {FEWEST} or more (the bytes and special tokens)"
+        )
+    resolutions = {size // cfg.patch >> level for level in range(len(cfg.mults))}
+    if not resolutions & set(cfg.cross):
+        there = " ".join(map(str, sorted(resolutions, reverse=True)))
+        raise UserError(f"net.cross = {cfg.cross}: no block has such a resolution; choose from {there}")
 
 
 def _check_heads(cfg: config.Net, width: int) -> None:
@@ -73,7 +106,8 @@ def _check_unet(cfg: config.Net, size: int) -> None:
         f"{levels} levels (net.mults) with patch {cfg.patch} need",
     )
     for level, mult in enumerate(cfg.mults):
-        if level == levels - 1 or (size // cfg.patch) >> level in cfg.attention:
+        at = (size // cfg.patch) >> level
+        if level == levels - 1 or at in cfg.attention or (cfg.text and at in cfg.cross):
             _check_heads(cfg, cfg.channels * mult)
 
 

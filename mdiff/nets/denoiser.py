@@ -32,6 +32,8 @@ from mdiff.nets import dit, unet
 from mdiff.nets.check import check
 from mdiff.nets.embeddings import Conditions, LevelUncertainty
 from mdiff.nets.layers import BIASES, GATES, TAPS
+from mdiff.nets.text import TextEncoder
+from mdiff.nets.unet import Carry
 from mdiff.process.gaussian import GaussianProcess, bcast
 from mdiff.process.laws import VarianceExploding, make_process
 from mdiff.trees import named_leaves
@@ -81,18 +83,20 @@ class Model:
         batch: Mapping[str, Array],
         n: int | None = None,
         drop: Array | None = None,
+        gates: Params | None = None,
     ) -> Array | None:
         """The condition of a batch, as one embedding per example.
 
         Args:
           params: from `init`.
-          batch: entries `label` int [B], `vector` [B,V], `augment` [B,9] are used as far as the model has
-            such a condition; a missing one is null. Other entries are ignored.
+          batch: entries `label` int [B], `vector` [B,V], `augment` [B,9], or `tokens` int [B,L], are used as far as
+            the model has such a condition; a missing one is null. Other entries are ignored.
           n: the batch size B; needed only when `batch` is empty.
-          drop: [B] bool, examples whose label and vector become null (classifier-free training).
+          drop: [B] bool, examples whose label, vector or caption becomes null (classifier-free training).
+          gates: of a text encoder, a pytree like `text_gates()`; None leaves every neuron on.
 
         Returns:
-          [B,E] float32, or None for an unconditional model. `condition(params, {}, n=B)` is the null condition.
+          [B,E] float32, of a text-conditional model [B,L,E]; None for an unconditional model. `condition(params, {}, n=B)` is the null condition.
 
         Raises:
           UserError: a condition has another width than the model's, or the batch size is unknown.
@@ -103,7 +107,8 @@ class Model:
             if not batch:
                 raise UserError("condition: the batch is empty; give its size n")
             n = len(next(iter(batch.values())))
-        cond: Array = self.embedding.apply({"params": params["embedding"]}, batch, n, drop)  # type: ignore[assignment]
+        variables = {"params": params["embedding"], **({} if gates is None else {GATES: gates})}
+        cond: Array = self.embedding.apply(variables, batch, n, drop)  # type: ignore[assignment]
         return cond
 
     def log_variance(self, params: Params, sigma: Array) -> Array | None:
@@ -120,6 +125,13 @@ class Model:
         shapes = jax.eval_shape(lambda: self.net.init(jax.random.key(0), x, c))[GATES]
         return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
 
+    def text_gates(self) -> Params:
+        """All gates of the text encoder, set to one; none for another condition."""
+        if self.embedding is None:
+            return {}
+        shapes = jax.eval_shape(lambda: self.embedding.init(jax.random.key(0), {}, 1))  # type: ignore[union-attr]
+        return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes.get(GATES, {}))
+
     def apply(
         self,
         params: Params,
@@ -131,6 +143,7 @@ class Model:
         taps: tuple[str, ...] = (),
         dropout_key: Key | None = None,
         seen: Array | None = None,
+        resume: tuple[str, Carry] | None = None,
     ) -> tuple[Prediction, dict[str, Array]]:
         """Denoise, optionally with an ablation and with activations returned.
 
@@ -146,20 +159,21 @@ class Model:
           dropout_key: turns dropout on; None is deterministic.
           seen: [B,H,W,1], for a model of damaged images: A~ (`Damage`). None is nothing hidden, which such a model
             never met in training: its answer is an extrapolation.
+          resume: of a U-Net, a block's name and what `carry` gave before it: only the rest is computed.
 
         Returns:
           The prediction, and `{name: activation}` of the requested taps.
         """
-        x, c_noise = self._inputs(xt, t)
         if self.damage is not None:
             seen = self.damage.nothing(xt) if seen is None else seen
-            x = jnp.concatenate([x, seen.astype(x.dtype)], axis=-1)
+        x, c_noise = self._inputs(xt, t, seen)
         cond = self.condition(params, {}, n=len(xt)) if cond is None else cond
         variables: dict[str, Any] = {"params": params["net"]}
         if gates is not None:
             variables[GATES] = gates
         if attn_bias is not None:
             variables[BIASES] = attn_bias
+        rest: dict[str, Any] = {} if resume is None else {"start": resume[0], "carry": resume[1]}
         out, state = self.net.apply(
             variables,
             x,
@@ -168,6 +182,7 @@ class Model:
             train=dropout_key is not None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
             mutable=[TAPS] if taps else [],
+            **rest,
         )
         named = named_leaves(state.get(TAPS, {}))
         tapped = {name: leaf for name, leaf in named if any(fnmatch.fnmatch(name, tap) for tap in taps)}
@@ -177,19 +192,44 @@ class Model:
             out = out[..., : xt.shape[-1]] * self._lift(self.damage.hidden(seen), t)
         return self._complete(xt, out, t), tapped
 
+    def carry(
+        self,
+        params: Params,
+        xt: Array,
+        t: Array,
+        cond: Array | None,
+        before: str,
+        gates: Params | None = None,
+    ) -> Carry:
+        """What a U-Net has computed before its block `before`, for `apply(..., resume=(before, carry))`.
+
+        What comes after does not change it: ablations of later layers share it.
+
+        Raises:
+          ValueError: the network has no such block.
+        """
+        names = [stage.name for stage in unet.stages(self.net.cfg, self.shape[0] // self.net.cfg.patch)]
+        if before not in names:
+            raise ValueError(before)
+        x, c_noise = self._inputs(xt, t, None)
+        variables = {"params": params["net"], **({} if gates is None else {GATES: gates})}
+        found: Carry = self.net.apply(variables, x, c_noise, cond, stop=before)  # type: ignore[assignment]
+        return found
+
     def _blank(self) -> Array:
         """Zeros [1,H,W,·] as wide as what the network sees."""
         height, width, channels = self.shape
         return jnp.zeros((1, height, width, channels + (self.damage is not None)))
 
-    def _inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
-        """What the network sees: the image at unit scale [B,H,W,C], and the noise level's number [B]."""
+    def _inputs(self, xt: Array, t: Array, seen: Array | None) -> tuple[Array, Array]:
+        """What the network sees: the image at unit scale [B,H,W,·], with `seen` behind it, and the noise level's number [B]."""
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        x, c_noise = xt, 1000 * t
         if self.prediction == "edm":
-            return xt / bcast(self._scale(alpha, sigma), xt), _c_noise(alpha, sigma)
-        if isinstance(self.process, VarianceExploding):
-            return xt / bcast(jnp.sqrt(1 + sigma**2), xt), 1000 * t
-        return xt, 1000 * t
+            x, c_noise = xt / bcast(self._scale(alpha, sigma), xt), _c_noise(alpha, sigma)
+        elif isinstance(self.process, VarianceExploding):
+            x = xt / bcast(jnp.sqrt(1 + sigma**2), xt)
+        return x if seen is None else jnp.concatenate([x, seen.astype(x.dtype)], axis=-1), c_noise
 
     def _complete(self, xt: Array, out: Array, t: Array) -> Prediction:
         """The prediction that the network's output [B,H,W,C] stands for."""
@@ -246,10 +286,14 @@ def make_model(cfg: config.Config, channels: int) -> Model:
     check(net, cfg.data.size)
     is_dit = net.arch == "dit"
     width = net.channels if is_dit else unet.condition_width(net)
-    conditional = net.classes or net.vector or augment
+    embedding: nn.Module | None = None
+    if net.text:
+        embedding = TextEncoder(net.text, net.text_blocks, net.text_length, net.vocabulary)
+    elif net.classes or net.vector or augment:
+        embedding = Conditions(net.classes, net.vector, augment, width)
     return Model(
         net=dit.DiT(net) if is_dit else unet.UNet(net),
-        embedding=Conditions(net.classes, net.vector, augment, width) if conditional else None,
+        embedding=embedding,
         process=make_process(cfg.process),
         sigma_data=net.sigma_data,
         shape=(cfg.data.size, cfg.data.size, channels),

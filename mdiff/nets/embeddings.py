@@ -75,6 +75,11 @@ class Conditions(nn.Module):
     augment: bool
     features: int
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Entries that are conditions of an image, as opposed to of its augmentation."""
+        return ("label",) * bool(self.classes) + ("vector",) * bool(self.vector)
+
     @nn.compact
     def __call__(self, entries: Mapping[str, Array], n: int, drop: Array | None = None) -> Array:
         """Args:

@@ -128,34 +128,66 @@ def group_norm(x: Array, name: str, epsilon: float = 1e-6) -> Array:
     return nn.GroupNorm(num_groups=groups, epsilon=epsilon, name=name)(x.astype(jnp.float32))
 
 
-def attend(module: nn.Module, qkv: Array, head_channels: int, qk_norm: bool = False) -> Array:
-    """Softmax attention over N positions; call inside `module`'s compact method.
-
-    Taps of `module`: `map` [B,heads,Q,K] and `value` [B,K,C]. Its `value_gate` [C] acts on the value channels
-    of all heads; channels h*D to (h+1)*D belong to head h, D its width. A bias that broadcasts to
-    [B,heads,Q,K] may be given in the collection `attn_bias` under the module's path, name "bias".
+def attend(
+    module: nn.Module, qkv: Array, head_channels: int, qk_norm: bool = False, causal: bool = False
+) -> Array:
+    """Softmax self-attention over N positions; call inside `module`'s compact method.
 
     Args:
-      module: the calling module.
+      module: the calling module, whose taps, gate and bias are those of `look`.
       qkv: [B,N,3C] queries, keys and values.
       head_channels: D, the width of one head; 0 is a single head.
       qk_norm: RMS-normalize queries and keys per head, with learned scales (arXiv 2302.05442, section 2).
+      causal: a position sees none behind it.
 
     Returns:
       [B,N,C].
     """
-    b, n, c = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    width = head_channels or c
     q, k, v = jnp.split(qkv, 3, axis=-1)
-    v = Gate(name="value_gate")(v)
+    n = qkv.shape[1]
+    seen = jnp.tril(jnp.ones((n, n), bool)) if causal else None
+    return look(module, q, k, Gate(name="value_gate")(v), head_channels, qk_norm, seen)
+
+
+def look(
+    module: nn.Module,
+    q: Array,
+    k: Array,
+    v: Array,
+    head_channels: int,
+    qk_norm: bool = False,
+    seen: Array | None = None,
+) -> Array:
+    """Softmax attention of Q positions to K others; call inside `module`'s compact method.
+
+    Taps of `module`: `map` [B,heads,Q,K] and `value` [B,K,C]. A gate on the value channels acts on all heads;
+    channels h*D to (h+1)*D belong to head h, D its width. A bias that broadcasts to [B,heads,Q,K] may be given
+    in the collection `attn_bias` under the module's path, name "bias".
+
+    Args:
+      module: the calling module.
+      q: [B,Q,C] queries.
+      k: [B,K,C] keys.
+      v: [B,K,C] values.
+      head_channels: D, the width of one head; 0 is a single head.
+      qk_norm: RMS-normalize queries and keys per head, with learned scales.
+      seen: [Q,K] bool, which keys a query sees; None is all.
+
+    Returns:
+      [B,Q,C].
+    """
+    b, n, c = q.shape
+    width = head_channels or c
     tap(module, "value", v)
-    q, k, v = (a.reshape(b, n, c // width, width) for a in (q, k, v))
+    q, k, v = (a.reshape(b, a.shape[1], c // width, width) for a in (q, k, v))
     if qk_norm:
         q = nn.RMSNorm(name="norm_q")(q.astype(jnp.float32)).astype(v.dtype)
         k = nn.RMSNorm(name="norm_k")(k.astype(jnp.float32)).astype(v.dtype)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / width**0.5
     if module.has_variable(BIASES, "bias"):
         logits = logits + module.get_variable(BIASES, "bias")
+    if seen is not None:
+        logits = jnp.where(seen, logits, -jnp.inf)
     weights = nn.softmax(logits)
     tap(module, "map", weights)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v).reshape(b, n, c)

@@ -118,8 +118,9 @@ class Adapted(Model):
         batch: Mapping[str, Array],
         n: int | None = None,
         drop: Array | None = None,
+        gates: Params | None = None,
     ) -> Array | None:
-        """As of `Model.condition`: rows of `label` [B], the null condition without labels; nothing is dropped."""
+        """As of `Model.condition`: rows of `label` [B], the null condition without labels; nothing is dropped or gated."""
         n = len(next(iter(batch.values()))) if n is None else n
         null = super().condition(self.frozen, {}, n)
         if "label" not in batch:
@@ -146,6 +147,8 @@ def adapted(model: Model, frozen: Params, classes: int, rank: int) -> Adapted:
         raise UserError(f"adapter.rank = {rank}: must be 1 or more")
     if classes < 1:
         raise UserError(f"adapter: {classes} classes; give 1 or more")
+    if "tokens" in getattr(model.embedding, "takes", ()):
+        raise UserError("adapter: a text model has no room for labels; attack it by its captions")
     if model.damage is not None:
         raise UserError(
             "adapter: a model of damaged images cannot be adapted; guide it by a classifier (adapter.rank 0)"

@@ -4,16 +4,22 @@ One U-Net whose `Style` says where the three differ. Differences to the publishe
 `Dense`, weights start Xavier-uniform in all three, and an optional space-to-depth stem lets small images run at a
 quarter of the positions. Gates sit on the hidden and output channels of every residual block, on attention values
 and on the units of the embedding MLP.
+
+A text-conditional one (`net.text`) is told of the text by cross-attention alone, as Stable Diffusion is: blocks of the
+resolutions in `net.cross` end with attention of pixels to tokens and a feed-forward part (`nets/cross.py`), and no text
+enters the embedding of the noise level.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from mdiff import config
+from mdiff.nets.cross import CrossAttention, FeedForward
 from mdiff.nets.embeddings import FourierFeatures, noise_embedding
 from mdiff.nets.layers import (
     Attention,
@@ -64,6 +70,69 @@ STYLES = {
 }
 
 
+class Carry(NamedTuple):
+    """Where a U-Net stands before one of its blocks: what it needs to go on from there.
+
+    Attributes:
+      x: [B,h,w,C] feature map.
+      skips: those the encoder has left and the decoder not yet taken.
+      pyramid: the downsampled input, where the style has it.
+    """
+
+    x: Array
+    skips: tuple[Array, ...]
+    pyramid: Array
+
+
+class Stage(NamedTuple):
+    """One block of a U-Net and where it stands.
+
+    Attributes:
+      name: of the module, such as "enc8_0": part, resolution, number.
+      features: channels it gives.
+      attention: has self-attention.
+      cross: attends to the text.
+      resample: "down", "up" or "".
+      takes: joins a skip to its input.
+      leaves: its result is a skip.
+    """
+
+    name: str
+    features: int
+    attention: bool = False
+    cross: bool = False
+    resample: str = ""
+    takes: bool = False
+    leaves: bool = False
+
+
+def stages(cfg: config.Net, top: int) -> tuple[Stage, ...]:
+    """The blocks in the order they run, for feature maps that start at `top` x `top`."""
+    widths = [cfg.channels * m for m in cfg.mults]
+    last, style, found = len(widths) - 1, STYLES[cfg.arch], []
+
+    def add(name: str, res: int, features: int, attention: bool = False, **kind: Any) -> None:
+        found.append(Stage(name, features, attention, bool(cfg.text) and res in cfg.cross, **kind))
+
+    for level, width in enumerate(widths):
+        res = top >> level
+        if level:
+            found.append(Stage(f"enc{res}_down", widths[level - 1], resample="down", leaves=True))
+        for i in range(cfg.blocks):
+            add(f"enc{res}_{i}", res, width, res in cfg.attention, leaves=True)
+    for level, width in reversed(list(enumerate(widths))):
+        res = top >> level
+        if level == last:
+            add(f"mid{res}_0", res, width, True)
+            found.append(Stage(f"mid{res}_1", width))
+        else:
+            found.append(Stage(f"dec{res}_up", widths[level + 1], resample="up"))
+        for i in range(cfg.blocks + 1):
+            attention = res in cfg.attention and (style.attention_everywhere or i == cfg.blocks)
+            add(f"dec{res}_{i}", res, width, attention, takes=True)
+    return tuple(found)
+
+
 class Block(nn.Module):
     """Residual block with optional resampling and attention; taps `hidden`, `branch` and `out`.
 
@@ -75,9 +144,10 @@ class Block(nn.Module):
     attention: bool = False
     resample: str = ""
     train: bool = False
+    cross: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array) -> Array:
+    def __call__(self, x: Array, emb: Array, text: Array | None = None) -> Array:
         cfg, style = self.cfg, STYLES[self.cfg.arch]
         scan_safe, dtype = cfg.scan_safe, jnp.dtype(cfg.dtype)
 
@@ -107,59 +177,69 @@ class Block(nn.Module):
         x = (x + h) * style.scale
         if self.attention:
             x = Attention(cfg.head_channels, style.epsilon, dtype, name="attention")(x) * style.scale
+        if self.cross:
+            assert text is not None
+            x = CrossAttention(cfg.head_channels, style.epsilon, dtype, name="cross")(x, text) * style.scale
+            x = FeedForward(style.epsilon, dtype, name="feed")(x) * style.scale
         tap(self, "out", x)
         return x
 
 
 class UNet(nn.Module):
-    """`(x [B,H,W,C], c_noise [B], cond [B,E] or None) -> [B,H,W,C]`, E = `condition_width(cfg)`."""
+    """`(x [B,H,W,C], c_noise [B], cond) -> [B,H,W,C]`.
+
+    `cond` is [B,E] or None, E = `condition_width(cfg)`; of a text-conditional one it is [B,L,E], embedded tokens.
+    """
 
     cfg: config.Net
 
     @nn.compact
-    def __call__(self, x: Array, c_noise: Array, cond: Array | None = None, train: bool = False) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        c_noise: Array,
+        cond: Array | None = None,
+        train: bool = False,
+        carry: Carry | None = None,
+        start: str = "",
+        stop: str = "",
+    ) -> Array | Carry:
+        """Args:
+        carry: go on before the block `start` from here, instead of from x.
+        stop: give the `Carry` before this block, instead of the result.
+        """
         cfg, style, channels_out = self.cfg, STYLES[self.cfg.arch], x.shape[-1]
         make_block, dtype = rematerialize(Block, cfg.remat), jnp.dtype(cfg.dtype)
-        emb = self.embedding(c_noise, cond)
-
-        def block(name: str, features: int, x: Array, attention: bool = False, resample: str = "") -> Array:
-            return make_block(cfg, features, attention, resample, train, name=name)(x, emb)
+        text = cond if cfg.text else None
+        if cfg.text and text is None:
+            text = jnp.zeros((len(x), cfg.text_length, cfg.text))  # of `init` and `gates`: shapes only
+        emb = self.embedding(c_noise, None if cfg.text else cond)
+        side = x.shape[1] // cfg.patch
 
         def conv(name: str, features: int, x: Array, scale: float = 1.0) -> Array:
             return Conv(features, scale, cfg.scan_safe, dtype, name=name)(x)
 
-        x = space_to_depth(x, cfg.patch) if cfg.patch > 1 else x
-        widths = [cfg.channels * m for m in cfg.mults]
-        top, last = x.shape[1], len(widths) - 1
+        if carry is None:
+            x = space_to_depth(x, cfg.patch) if cfg.patch > 1 else x
+            first = conv("conv_in", cfg.channels, x)
+            carry = Carry(first, (first,), x)
+        plan = stages(cfg, side)
+        names = [stage.name for stage in plan]
+        for stage in plan[names.index(start) if start else 0 :]:
+            if stage.name == stop:
+                return carry
+            x, skips, pyramid = carry
+            if stage.takes:
+                x, skips = jnp.concatenate([x, skips[-1]], axis=-1), skips[:-1]
+            kind = (stage.attention, stage.resample, train, stage.cross)
+            block = make_block(cfg, stage.features, *kind, name=stage.name)
+            x = block(x, emb, text) if stage.cross else block(x, emb)
+            if stage.resample == "down" and style.pyramid:
+                wide = conv(stage.name.replace("down", "pyramid"), x.shape[-1], surround(pyramid))
+                x = pyramid = (x + downsample(wide, style.taps, pad=False)) * style.scale
+            carry = Carry(x, (*skips, x) if stage.leaves else skips, pyramid)
 
-        pyramid = x
-        x = conv("conv_in", cfg.channels, x)
-        skips = [x]
-        for level, width in enumerate(widths):
-            res = top >> level
-            if level:
-                x = block(f"enc{res}_down", x.shape[-1], x, resample="down")
-                if style.pyramid:
-                    wide = conv(f"enc{res}_pyramid", x.shape[-1], surround(pyramid))
-                    x = pyramid = (x + downsample(wide, style.taps, pad=False)) * style.scale
-                skips.append(x)
-            for i in range(cfg.blocks):
-                x = block(f"enc{res}_{i}", width, x, attention=res in cfg.attention)
-                skips.append(x)
-
-        for level, width in reversed(list(enumerate(widths))):
-            res = top >> level
-            if level == last:
-                x = block(f"mid{res}_0", width, x, attention=True)
-                x = block(f"mid{res}_1", width, x)
-            else:
-                x = block(f"dec{res}_up", x.shape[-1], x, resample="up")
-            for i in range(cfg.blocks + 1):
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
-                attention = res in cfg.attention and (style.attention_everywhere or i == cfg.blocks)
-                x = block(f"dec{res}_{i}", width, x, attention=attention)
-
-        x = nn.silu(group_norm(x, "norm_out", style.epsilon))
+        x = nn.silu(group_norm(carry.x, "norm_out", style.epsilon))
         x = conv("conv_out", channels_out * cfg.patch**2, x, scale=1e-5)
         return depth_to_space(x, cfg.patch) if cfg.patch > 1 else x
 

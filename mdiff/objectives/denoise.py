@@ -143,10 +143,10 @@ def check_model(model: Model, cfg: config.Config) -> None:
     net = cfg.net
     if not 0 <= net.condition_dropout < 1:
         raise UserError(f"net.condition_dropout = {net.condition_dropout}: must be in [0, 1); 0.1 is usual")
-    if net.condition_dropout and not (net.classes or net.vector):
+    if net.condition_dropout and not (net.classes or net.vector or net.text):
         raise UserError(
-            f"net.condition_dropout = {net.condition_dropout}: the network has no condition; set net.classes or "
-            "net.vector, or set it to 0"
+            f"net.condition_dropout = {net.condition_dropout}: the network has no condition; set net.classes, "
+            "net.vector or net.text, or set it to 0"
         )
     if (cfg.loss.level_weight == "learned") != (model.uncertainty is not None):
         has = "no" if model.uncertainty is None else "a"

@@ -88,6 +88,8 @@ def _train(cfg: config.Config, model: Model, devices: list[Any], _: Sweep) -> Pr
             columns["label"] = ((n,), jnp.int32)
         if cfg.net.vector:
             columns["vector"] = ((n, cfg.net.vector), jnp.float32)
+        if cfg.net.text:
+            columns["tokens"] = ((n, cfg.net.text_length), jnp.int32)
         if cfg.loss.copies or cfg.data.degrade != "none":
             columns["noise"] = ((n, 3), jnp.uint32)
         return {
@@ -127,8 +129,12 @@ def _sample(cfg: config.Config, model: Model, devices: list[Any], _: Sweep) -> P
     mesh = meshes.make_mesh(cfg.mesh, devices)
     ways = meshes.batch_devices(mesh)
     batch = cfg.sample.batch + -cfg.sample.batch % ways
-    vectors = np.zeros((1, cfg.net.vector), np.float32) if cfg.net.vector else None
-    jitted = generate.sample_program(model, sampler.settings(cfg), vectors, mesh)
+    given: dict[str, np.ndarray] = {}
+    if cfg.net.vector:
+        given["vector"] = np.zeros((1, cfg.net.vector), np.float32)
+    if cfg.net.text:
+        given["tokens"] = np.zeros((1, cfg.net.text_length), np.int32)
+    jitted = generate.sample_program(model, sampler.settings(cfg), given or None, mesh)
     params = _params(model, mesh, cfg)
     index = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=meshes.replicated(mesh))
     counted = flops.count(jitted, params, index, padding=False).total

@@ -130,5 +130,11 @@ def _sharpness(x: Array) -> dict[str, Array]:
 
 
 def _columns(images: Images) -> dict[str, np.ndarray]:
-    columns = {"x": images.x, "id": images.id, "label": images.label, "vector": images.vector}
+    columns = {
+        "x": images.x,
+        "id": images.id,
+        "label": images.label,
+        "vector": images.vector,
+        "tokens": images.tokens,
+    }
     return {name: column for name, column in columns.items() if column is not None}

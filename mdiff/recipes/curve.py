@@ -27,7 +27,7 @@ from mdiff.probes import audit as audits
 from mdiff.probes import gap as gaps
 from mdiff.probes import intervals, neighbours, quality, sets
 from mdiff.probes.sets import Side
-from mdiff.recipes.generate import draw, make_generator
+from mdiff.recipes.generate import draw, make_generator, own
 from mdiff.recipes.measure import audit_rules
 from mdiff.recipes.runs import Experiment
 from mdiff.sample import sampler
@@ -44,7 +44,7 @@ def memorization_curve(experiment: Experiment) -> Evaluator:
     """The evaluator a training loop is handed: `(averaged parameters, step) -> scalars`."""
     cfg, model, subset = experiment.config, experiment.model, experiment.subset
     n = cfg.train.eval_samples
-    generate = make_generator(model, sampler.settings(cfg), subset.train.vector, mesh.make_mesh(cfg.mesh))
+    generate = make_generator(model, sampler.settings(cfg), own(subset.train), mesh.make_mesh(cfg.mesh))
     measures = _of_generations(experiment)
     measure_gap = _gap_measure(experiment)
 
@@ -129,7 +129,7 @@ def _gap_measure(experiment: Experiment) -> Callable[[Params], gaps.Gap] | None:
         "x": np.concatenate([np.asarray(side.x) for side in sides]),
         "id": np.concatenate([side.id for side in sides]),  # of the source: an image's noise is its own
     }
-    for name in ("label", "vector"):
+    for name in ("label", "vector", "tokens"):
         found = [getattr(side, name) for side in sides]
         if all(column is not None for column in found):
             columns[name] = np.concatenate(found)

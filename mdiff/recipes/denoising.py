@@ -323,7 +323,9 @@ def _shown(seen: Sequence[Images], unseen: Images, count: int) -> tuple[Images, 
         parts = [getattr(images, name) for images in (first, rest)]
         return None if any(part is None for part in parts) else np.concatenate(parts)
 
-    images = Images(first.name, both("x"), both("id"), both("label"), vector=both("vector"))
+    images = Images(
+        first.name, both("x"), both("id"), both("label"), vector=both("vector"), tokens=both("tokens")
+    )
     return images, np.arange(len(images)) < half
 
 

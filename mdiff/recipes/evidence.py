@@ -366,7 +366,13 @@ def _over_batches(
     program: Callable[[dict[str, np.ndarray]], dict[str, Array]], images: Images, axis: int = 1
 ) -> dict[str, np.ndarray]:
     """A program's arrays for all images, joined along the axis that counts images."""
-    named = {"x": images.x, "id": images.id, "label": images.label, "vector": images.vector}
+    named = {
+        "x": images.x,
+        "id": images.id,
+        "label": images.label,
+        "vector": images.vector,
+        "tokens": images.tokens,
+    }
     columns = {name: np.asarray(column) for name, column in named.items() if column is not None}
     found = []
     for start in range(0, len(images), BATCH):

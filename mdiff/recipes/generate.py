@@ -6,7 +6,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jax.sharding import Mesh as DeviceMesh
 from PIL import Image
 
 from mdiff import config, processes
+from mdiff.data.source import Images
 from mdiff.files import remove, write_atomically
 from mdiff.keys import keys
 from mdiff.nets.denoiser import Model
@@ -27,16 +28,26 @@ from mdiff.train import loop, mesh
 from mdiff.train.ledger import Ledger
 from mdiff.types import Array, Denoiser, Params, to_uint8
 
+Own = Mapping[str, np.ndarray]
+"""Conditions that the training images come with: `vector` [N,V], `tokens` [N,L]."""
 
-def conditions(model: Model, params: Params, index: Array, vectors: np.ndarray | None = None) -> Array | None:
-    """Conditions of samples `index` [B]: classes, and training vectors [N,V], in turn; None without conditions."""
+
+def own(images: Images) -> Own:
+    """The conditions of a set of images that samples are drawn under, but for classes, which are drawn in turn."""
+    found = {"vector": images.vector, "tokens": images.tokens}
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def conditions(model: Model, params: Params, index: Array, given: Own | None = None) -> Array | None:
+    """Conditions of samples `index` [B]: classes, and those of the training images, in turn; None without conditions."""
     if model.embedding is None:
         return None
-    entries = {}
-    if model.embedding.classes:
+    takes, entries = model.embedding.takes, {}
+    if "label" in takes:
         entries["label"] = index % model.embedding.classes
-    if model.embedding.vector and vectors is not None:
-        entries["vector"] = jnp.asarray(vectors)[index % len(vectors)]
+    for name, column in (given or {}).items():
+        if name in takes:
+            entries[name] = jnp.asarray(column)[index % len(column)]
     return model.condition(params, entries, n=len(index))
 
 
@@ -59,7 +70,7 @@ def own_denoiser(model: Model, params: Params, cfg: config.Sample, seen: Array |
 def sample_program(
     model: Model,
     cfg: config.Sample,
-    vectors: np.ndarray | None = None,
+    given: Own | None = None,
     on: DeviceMesh | None = None,
 ) -> Any:
     """A jitted `(params, sample index int32 [B]) -> images [B,H,W,C]`; sample i is the same in any batch.
@@ -71,7 +82,7 @@ def sample_program(
     Args:
       model: the network.
       cfg: the sampler.
-      vectors: [N,V] the training images' own, for a model conditioned on them.
+      given: the training images' own conditions, for a model that has such.
       on: devices the batch is split over, which B divides by; every process gets all images. They need not exist.
     """
     split, whole = (None, None) if on is None else (mesh.batch_sharding(on), mesh.replicated(on))
@@ -81,7 +92,7 @@ def sample_program(
         if split is not None:
             index = jax.lax.with_sharding_constraint(index, split)
         denoiser = own_denoiser(model, params, cfg, seen_of(model, cfg.seed, index))
-        cond = conditions(model, params, index, vectors)
+        cond = conditions(model, params, index, given)
         every = keys(cfg.seed, "sample", index)
         with nullcontext() if on is None else mesh.activations_on(on):
             return sampler.sample(model.process, cfg, denoiser, every, model.shape, cond)
@@ -98,12 +109,12 @@ def _shared_program(model: Model, cfg: config.Sample, on: DeviceMesh | None) -> 
 def make_generator(
     model: Model,
     cfg: config.Sample,
-    vectors: np.ndarray | None = None,
+    given: Own | None = None,
     on: DeviceMesh | None = None,
 ) -> Callable[[Params, Any], Array]:
     """`sample_program` for any batch: it is filled up where it does not divide over the devices."""
     generate: Callable[[Params, Any], Array] = (
-        _shared_program(model, cfg, on) if vectors is None else sample_program(model, cfg, vectors, on)
+        sample_program(model, cfg, given, on) if given else _shared_program(model, cfg, on)
     )
     if on is None:
         return generate
@@ -174,7 +185,7 @@ def sample(experiment: Experiment, folder: Path, monitor: loop.Monitor) -> np.nd
     ledger = Ledger.load(folder / "ledger.json")
     with ledger.time("sample"):
         generate = make_generator(
-            model, sampler.settings(cfg), experiment.subset.train.vector, mesh.make_mesh(cfg.mesh)
+            model, sampler.settings(cfg), own(experiment.subset.train), mesh.make_mesh(cfg.mesh)
         )
         draw_kept(
             lambda index: generate(params, index),

@@ -65,7 +65,7 @@ class _Programs:
     """Compiled parts of a guided sampler; `steps` are those of `stepwise.whens`.
 
     Attributes:
-      begin: `(params, index, vectors, seed) -> (Walk, _Rows)`, seed static.
+      begin: `(params, index, given, seed) -> (Walk, _Rows)`, seed static.
       step: `(params, guide_params, Walk, When, _Rows, label, scale, last) -> Walk`, last static.
       whole: `(params, guide_params, Walk, _Rows, label, scale) -> Walk`, all steps as a scan.
       end: `Walk -> Guided` on every process.
@@ -92,9 +92,9 @@ def _programs(model: Model, cfg: config.Sample, guide: Guide, on: DeviceMesh | N
         return jax.tree.map(lambda x: keep(x) if jnp.ndim(x) else x, tree)
 
     @functools.partial(jax.jit, static_argnames="seed")
-    def begin(params: Params, index: Array, vectors: Any, seed: int) -> tuple[stepwise.Walk, _Rows]:
+    def begin(params: Params, index: Array, given: Any, seed: int) -> tuple[stepwise.Walk, _Rows]:
         index = shared(index)
-        every, cond = keys(seed, "sample", index), generate.conditions(model, params, index, vectors)
+        every, cond = keys(seed, "sample", index), generate.conditions(model, params, index, given)
         rows = _Rows(every, cond, generate.seen_of(model, seed, index))
         return shared(stepwise.begin(process, cfg, every, model.shape)), shared(rows)
 
@@ -153,7 +153,7 @@ def make_generator(
     cfg: config.Sample,
     guide: Guide,
     on: DeviceMesh | None = None,
-    vectors: np.ndarray | None = None,
+    given: generate.Own | None = None,
     form: Form | None = None,
 ) -> Callable[[Params, Params, Any, Any, Any], Guided]:
     """`(params, guide_params, sample index [B], label [B], scale) -> Guided`; sample i is the same in any batch.
@@ -167,7 +167,7 @@ def make_generator(
       cfg: the sampler.
       guide: what log p(label | xt) comes from.
       on: devices the batch is split over; it is filled up where it does not divide.
-      vectors: [N,V] the training images' own, for a model conditioned on them.
+      given: the training images' own conditions, for a model that has such.
       form: None is "steps" on CPU (see `mdiff.sample.stepwise`), else "scan".
 
     Raises:
@@ -175,7 +175,7 @@ def make_generator(
         finite, or a label is none of the guide's classes.
     """
     check_guide(model, guide)
-    plain = generate.make_generator(model, cfg, vectors, on)
+    plain = generate.make_generator(model, cfg, given, on)
     # Neither changes a program: all seeds share it.
     programs = _programs(model, replace(cfg, seed=0, n=1, batch=1), guide, on)
     if form is None:
@@ -197,7 +197,7 @@ def make_generator(
         if on is not None:
             rows = mesh.place(rows, mesh.replicated(on))
         index, label, strengths = rows
-        walk, kept = programs.begin(params, index, vectors, seed=cfg.seed)
+        walk, kept = programs.begin(params, index, given, seed=cfg.seed)
         if form == "scan":
             walk = programs.whole(params, guide_params, walk, kept, label, strengths)
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mdiff import config
-from mdiff.data import augment, damage, labels, source
+from mdiff.data import augment, captions, damage, labels, source
 from mdiff.data.split import Subset, load_subset, split
 from mdiff.errors import UserError
 from mdiff.features import spaces
@@ -62,7 +62,7 @@ def prepare(cfg: config.Config, record: Path | None = None) -> Experiment:
     stopping.check_data(cfg.train, len(subset.heldout))
     subset = labels.relabel(cfg, subset)
     damage.check_images(cfg, subset.train.x, subset.train.id)
-    return Experiment(cfg, subset, model)
+    return Experiment(cfg, captions.tokenize(cfg.net, subset), model)
 
 
 def reopen(

@@ -199,10 +199,10 @@ def check(cfg: config.Sample, net: config.Net) -> None:
                     "leave it out or set sample.guidance to another weight than 1"
                 )
         return
-    if not net.classes and not net.vector:
+    if not (net.classes or net.vector or net.text):
         raise UserError(
             f"sample.guidance = {cfg.guidance}: the network has no condition to guide by; "
-            "set sample.guidance to 1, or train with net.classes or net.vector"
+            "set sample.guidance to 1, or train with net.classes, net.vector or net.text"
         )
     if net.condition_dropout == 0:
         raise UserError(

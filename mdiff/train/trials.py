@@ -95,7 +95,14 @@ def shapes(trial: Trial) -> str:
     cfg = trial.cfg
     abstract = _abstract(trial, mesh.make_mesh(config.Mesh(data=1), jax.local_devices()[:1]))
     leaves = [f"{leaf.shape}{leaf.dtype}" for leaf in jax.tree.leaves(abstract)]
-    batch = (trial.model.shape, cfg.train.batch, cfg.data.reading, cfg.net.classes > 0, cfg.net.vector)
+    batch = (
+        trial.model.shape,
+        cfg.train.batch,
+        cfg.data.reading,
+        cfg.net.classes > 0,
+        cfg.net.vector,
+        cfg.net.text,
+    )
     return repr(
         (
             jax.tree.structure(abstract),
