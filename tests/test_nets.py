@@ -177,7 +177,10 @@ def test_taps_are_named_and_shaped(case):
     heads = 1 if case.arch == "ddpmpp" else 2 if case.arch == "dit" else 4
     assert shapes[f"{layer}/attention/map"] == (*lead, 2, heads, 16, 16)
     assert shapes[f"{layer}/attention/value"] == (*lead, 2, 16, 16)
-    assert {name.split("/")[-1] for name in shapes} == {*CHECKED, "map", "out"}
+    assert {name.split("/")[-1] for name in shapes} == {*CHECKED, "map", "out", "in"}
+    gates = {name.removesuffix("/gate"): leaf.shape for name, leaf in named_leaves(case.model.gates())}
+    inputs = {name.removesuffix("/in"): shape for name, shape in shapes.items() if name.endswith("/in")}
+    assert {name: shape[-1] for name, shape in inputs.items()} == {name: s[-1] for name, s in gates.items()}
     wanted = jax.eval_shape(lambda: case.model.apply(case.params, XT, case.t, taps=("emb1",))[1])
     assert list(wanted) == ["emb1"]
     assert jax.eval_shape(lambda: case.model.apply(case.params, XT, case.t)[1]) == {}

@@ -177,12 +177,14 @@ def save_subset(path: str | Path, subset: Subset, config: config_lib.Data) -> No
       UserError: the file cannot be written.
     """
     path = locate(path)
+    counted = zip(subset.train.id, subset.copies, strict=True)
+    climbed = {int(i): int(n) for i, n in counted if n > 1} if config.ladder else {}
     tree: dict[str, Any] = {
         "source": config.source,
         "size": config.size,
         "seed": config.seed,
         "shape": list(subset.train.x.shape[1:]),
-        "duplicates": {str(i): int(n) for i, n in zip(subset.train.id, subset.copies, strict=True) if n > 1},
+        "duplicates": {str(i): copies for i, copies in (config.duplicates or climbed).items()},
         "planted": [as_json(each) for each in subset.planted],
         "templates": [each._asdict() for each in subset.templates],
         "tokenizer": None if subset.tokenizer is None else subset.tokenizer.to_json(),

@@ -104,11 +104,12 @@ class Dense(nn.Module):
 class Gate(nn.Module):
     """Multiplies the channels (last axis) of `x` by this layer's entry of the `gates` collection.
 
-    The entry has shape [C], or any shape that broadcasts against `x`, such as [B,1,1,C].
+    The entry has shape [C], or any shape that broadcasts against `x`, such as [B,1,1,C]. Its tap `in` is `x`.
     """
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        tap(self, "in", x)
         if self.has_variable(GATES, "gate") or self.is_mutable_collection(GATES):
             gate = self.variable(GATES, "gate", jnp.ones, (x.shape[-1],), jnp.float32).value
             return x * gate.astype(x.dtype)

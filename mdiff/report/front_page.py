@@ -8,19 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mdiff import __version__
 from mdiff.errors import UserError
 from mdiff.files import locate, write_atomically, write_json, write_text
-from mdiff.report import front_figures, front_json, front_samples, front_words, words
+from mdiff.report import front_figures, front_json, front_samples, front_words, parts, words
 from mdiff.report.front import Front, Fronts, Point
 from mdiff.report.front_cells import Cell, Measure
 from mdiff.report.front_settings import Setting
-from mdiff.report.html import embedded_json, encode, environment, read_asset, script
+from mdiff.report.html import encode
 from mdiff.types import Estimate
 
 _ABSENT = {"value": "", "interval": "", "sort": None}
@@ -96,27 +94,21 @@ def _html(
     found: Fronts, tree: Mapping[str, Any], title: str, plane: bytes, strips: Sequence[tuple[str, bytes]]
 ) -> str:
     level = f"{100 * found.fronts[0].confidence:g}\N{NO-BREAK SPACE}%"
-    return (
-        environment()
-        .get_template("front.html")
-        .render(
-            title=title,
-            facts=_facts(found),
-            css=Markup(read_asset("page.css")),
-            code=script(read_asset("page.js")),
-            data=embedded_json({"runs": [], "sliders": {}}),
-            verdict=tree["verdict"],
-            plane=encode("image/svg+xml", plane),
-            samples=[{"name": name, "uri": encode("image/png", content)} for name, content in strips],
-            level=level,
-            fronts=[_front_view(front, found) for front in found.fronts],
-            quality=found.quality.label,
-            memorized=found.memorized.label,
-            cells=[_cell_row(cell, found, tree["cells"][i]) for i, cell in enumerate(found.cells)],
-            legend=front_words.legend((found.memorized, found.quality)),
-            provenance=_provenance(tree),
-            version=__version__,
-        )
+    return parts.render(
+        "front.html",
+        "front.json",
+        title=title,
+        facts=_facts(found),
+        verdict=tree["verdict"],
+        plane=encode("image/svg+xml", plane),
+        samples=[{"name": name, "uri": encode("image/png", content)} for name, content in strips],
+        level=level,
+        fronts=[_front_view(front, found) for front in found.fronts],
+        quality=found.quality.label,
+        memorized=found.memorized.label,
+        cells=[_cell_row(cell, found, tree["cells"][i]) for i, cell in enumerate(found.cells)],
+        legend=front_words.legend((found.memorized, found.quality)),
+        provenance=_provenance(tree),
     )
 
 

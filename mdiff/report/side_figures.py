@@ -5,8 +5,8 @@ Training images are solid, held-out images dashed, as in every figure; strengths
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,23 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from mdiff.report import figures
+from mdiff.report import figures, parts
 from mdiff.report.figures import COLORS, MARKERS
+from mdiff.report.parts import Captioned, Row
 
 _INK, _SOFT = "#333d47", "#555555"
 _SIZE = (5.2, 3.2)
 _GAP = 0.06  # least distance of two marked strengths along an axis of length 1
-
-Row = Mapping[str, Any]
-"""A part of side.json; a number in it is `{value, low, high, n}`."""
-
-
-class Plot(NamedTuple):
-    """An SVG document, its caption, and the text that stands for it where it is not seen."""
-
-    svg: str
-    caption: str
-    alt: str
 
 
 class _Line(NamedTuple):
@@ -40,7 +30,7 @@ class _Line(NamedTuple):
     dash: str = "-"
 
 
-def clusters(about: Sequence[Row], cohesion: float, min_size: int) -> Plot:
+def clusters(about: Sequence[Row], cohesion: float, min_size: int) -> Captioned:
     """Size and cohesion of every cluster, and the limits that decide which are kept.
 
     Args:
@@ -75,7 +65,7 @@ def clusters(about: Sequence[Row], cohesion: float, min_size: int) -> Plot:
         )
 
 
-def knowledge(found: Row, guess: float) -> list[Plot]:
+def knowledge(found: Row, guess: float) -> list[Captioned]:
     """Accuracy and calibration error of the classifier at each noise level.
 
     Args:
@@ -100,7 +90,7 @@ def knowledge(found: Row, guess: float) -> list[Plot]:
     ]
 
 
-def over_strength(tree: Row) -> list[Plot]:
+def over_strength(tree: Row) -> list[Captioned]:
     """What came out, what the attacker sees, and quality, over the strength of the guidance."""
     ones = tree["strengths"]
     found = [one["scores"]["references"]["train"]["estimates"] for one in ones]
@@ -181,7 +171,7 @@ def over_strength(tree: Row) -> list[Plot]:
     return made
 
 
-def thresholds(tree: Row, scale: float) -> list[Plot]:
+def thresholds(tree: Row, scale: float) -> list[Captioned]:
     """Share of generations whose nearest image is past each cosine: training against held-out, and the difference.
 
     Args:
@@ -325,6 +315,5 @@ def _at(strengths: Sequence[Row], scale: float) -> Row:
     return next(one for one in strengths if one["scale"] == scale)
 
 
-def _plot(figure: Figure, caption: str, alt: str) -> Plot:
-    with matplotlib.rc_context(figures.style()):
-        return Plot(figures.svg(figure).svg, caption, f"{alt}; the numbers are in side.json")
+def _plot(figure: Figure, caption: str, alt: str) -> Captioned:
+    return parts.captioned(figure, caption, alt, "side.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import zipfile
 import zlib
@@ -12,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
-from mdiff import __version__
 from mdiff.errors import UserError
 from mdiff.files import locate, write_text
 from mdiff.probes import clusters as clustering
-from mdiff.probes import stamped
 from mdiff.recipes import guided
-from mdiff.report import side_figures, words
-from mdiff.report.html import data_uri, embedded_json, encode, environment, read_asset, script
+from mdiff.report import parts, side_figures, words
+from mdiff.report.html import data_uri
+from mdiff.report.parts import Row
 from mdiff.types import Estimate
 
 READS = 1
@@ -42,9 +39,6 @@ _TEACHERS = {
     "model": "the attacked model itself, as a classifier",
     "oracle": "a classifier trained on the real images, which no attacker has",
 }
-_ABSENT = {"value": "", "interval": "", "sort": None}
-
-Row = Mapping[str, Any]
 
 
 def write(out: Path) -> Path:
@@ -61,61 +55,34 @@ def write(out: Path) -> Path:
       UserError: one of them is missing, damaged, or not of this attack.
     """
     out = locate(out)
-    tree, arrays = _read(out)
+    tree, arrays = parts.read(out / "side.json", READS, _WHOLE, "mdiff side")
     scale = tree["chosen"] or tree["oracle"]
     levels = {one["scores"]["audit"]["confidence"] for one in tree["strengths"]}
-    html = (
-        environment()
-        .get_template("side.html")
-        .render(
-            title=f"Extraction from {tree['target']['name']}",
-            facts=_facts(tree),
-            css=Markup(read_asset("page.css")),
-            code=script(read_asset("page.js")),
-            data=embedded_json({"runs": [], "sliders": {}}),
-            verdict=tree["verdict"],
-            attack=_attack(tree),
-            surrogate=_surrogate(out, tree),
-            knowledge=_knowledge(tree),
-            curves=_uris(side_figures.over_strength(tree)),
-            level=" and ".join(f"{100 * level:g}\N{NO-BREAK SPACE}%" for level in sorted(levels)),
-            pictures=_pictures(out, tree, arrays, scale),
-            copies=[_copies_row(one, tree) for one in tree["strengths"]],
-            quality=[_quality_row(one, tree) for one in tree["strengths"]],
-            images=tree["strengths"][0]["scores"]["references"]["train"]["different"],
-            thresholds=_uris(side_figures.thresholds(tree, scale)),
-            detector=_detector(tree),
-            notes=_notes(tree),
-            provenance=[(name, str(value)) for name, value in tree["versions"].items()],
-            version=__version__,
-        )
+    html = parts.render(
+        "side.html",
+        "side.json",
+        title=f"Extraction from {tree['target']['name']}",
+        facts=_facts(tree),
+        verdict=tree["verdict"],
+        attack=_attack(tree),
+        surrogate=_surrogate(out, tree),
+        knowledge=_knowledge(tree),
+        curves=parts.uris(side_figures.over_strength(tree)),
+        level=" and ".join(f"{100 * level:g}\N{NO-BREAK SPACE}%" for level in sorted(levels)),
+        pictures=_pictures(out, tree, arrays, scale),
+        copies=[_copies_row(one, tree) for one in tree["strengths"]],
+        quality=[_quality_row(one, tree) for one in tree["strengths"]],
+        images=tree["strengths"][0]["scores"]["references"]["train"]["different"],
+        thresholds=parts.uris(side_figures.thresholds(tree, scale)),
+        detector=_detector(tree),
+        notes=_notes(tree),
+        provenance=[(name, str(value)) for name, value in tree["versions"].items()],
     )
     write_text(out / "side.html", html)
     return out / "side.html"
 
 
 # ------------------------------------------------------------------------------------------ the files
-
-
-def _read(out: Path) -> tuple[Row, dict[str, np.ndarray]]:
-    """`side.json` and the arrays that belong to it."""
-    path = out / "side.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run mdiff side")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: is damaged{_AGAIN}") from None
-    if not isinstance(tree, dict) or tree.get("format") != READS:
-        found = tree.get("format") if isinstance(tree, dict) else None
-        raise UserError(f"{path}: format {found}, this version reads {READS}{_AGAIN}")
-    missing = sorted(_WHOLE - set(tree))
-    if missing:
-        raise UserError(f"{path}: is damaged, it has no {missing[0]}{_AGAIN}")
-    arrays = out / "side.npz"
-    if not arrays.is_file():
-        raise UserError(f"{arrays}: no such file{_AGAIN}")
-    return tree, stamped.read(arrays, tree["arrays"], str(path), _AGAIN)
 
 
 def _columns(path: Path, n: int, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -203,7 +170,7 @@ def _surrogate(out: Path, tree: Row) -> dict[str, Any] | None:
         text += " Labels were then dealt at random, so the rows below have no common content: this is the control."
     plot = side_figures.clusters(about["clusters"], settings["cohesion"], settings["min_size"])
     shown = {"open": sheet[:OPEN], "folded": sheet[OPEN:], "left": len(kept) - len(sheet)}
-    return {"text": text, "plots": _uris([plot]), **shown}
+    return {"text": text, "plots": parts.uris([plot]), **shown}
 
 
 def _strip(images: np.ndarray) -> np.ndarray:
@@ -230,7 +197,7 @@ def _knowledge(tree: Row) -> dict[str, Any]:
         )
     else:
         text += " There are no held-out images, so what it knows of the training images is not measured."
-    return {"plots": _uris(side_figures.knowledge(found, max(members) / sum(members))), "text": text}
+    return {"plots": parts.uris(side_figures.knowledge(found, max(members) / sum(members))), "text": text}
 
 
 # ----------------------------------------------------------------------------------------- the pictures
@@ -315,14 +282,14 @@ def _copies_row(one: Row, tree: Row) -> dict[str, Any]:
     found = one["scores"]["references"]["train"]["estimates"]
     count = found["coverage"]["value"] * found["coverage"]["n"]
     cells = [
-        _number(found["memorized"], "rate"),
-        _number(found.get("memorized_control"), "rate"),
-        _number(found.get("memorized_excess"), "rate"),
+        parts.number(found["memorized"], "rate"),
+        parts.number(found.get("memorized_control"), "rate"),
+        parts.number(found.get("memorized_excess"), "rate"),
         {"value": f"{count:.0f}", "interval": "", "sort": count},
-        _number(found["unique_per_generation"], "rate"),
-        _number(found.get("unique_per_prompt"), "count"),
-        _number(found["coverage"], "rate"),
-        _number(found["chao1"], "count"),
+        parts.number(found["unique_per_generation"], "rate"),
+        parts.number(found.get("unique_per_prompt"), "count"),
+        parts.number(found["coverage"], "rate"),
+        parts.number(found["chao1"], "count"),
     ]
     return _row(one, tree, cells)
 
@@ -331,13 +298,13 @@ def _quality_row(one: Row, tree: Row) -> dict[str, Any]:
     repetition, beside, quality = one["repetition"], one["beside_unguided"], one["quality"]
     spread = {"value": f"{beside['spread']:.2f}", "interval": "", "sort": beside["spread"]}
     cells = [
-        _number(repetition["grouped"], "rate"),
-        _number(repetition["excess"], "cosine"),
-        _number(beside["precision"], "rate"),
-        spread if beside["spread"] is not None else _ABSENT,
-        _number(quality.get("energy"), "distance"),
-        _number(quality.get("precision"), "rate"),
-        _number(quality.get("recall"), "rate"),
+        parts.number(repetition["grouped"], "rate"),
+        parts.number(repetition["excess"], "cosine"),
+        parts.number(beside["precision"], "rate"),
+        spread if beside["spread"] is not None else parts.ABSENT,
+        parts.number(quality.get("energy"), "distance"),
+        parts.number(quality.get("precision"), "rate"),
+        parts.number(quality.get("recall"), "rate"),
     ]
     return _row(one, tree, cells)
 
@@ -347,14 +314,6 @@ def _row(one: Row, tree: Row, cells: Sequence[Row]) -> dict[str, Any]:
     marks = [word for word, scale in named if scale == one["scale"] and (scale or word != "chosen")]
     told = ", ".join(marks + ["the model alone"] * (one["scale"] == 0))
     return {"scale": f"{one['scale']:g}", "on": bool(marks), "marks": told, "cells": cells}
-
-
-def _number(value: Row | None, kind: str) -> Row:
-    if value is None or value["value"] is None:
-        return _ABSENT
-    low, high = (math.nan if value[end] is None else value[end] for end in ("low", "high"))
-    text, interval = words.shown(Estimate(value["value"], low, high, value["n"]), kind)
-    return {"value": text, "interval": interval, "sort": value["value"]}
 
 
 def _detector(tree: Row) -> str:
@@ -388,10 +347,3 @@ def _notes(tree: Row) -> list[str]:
     if not tree["target"]["heldout"]:
         mine.append("Without held-out images nothing says how often the rules call a copy by chance.")
     return [note if note.endswith(".") else f"{note}." for note in notes] + mine
-
-
-def _uris(plots: Sequence[side_figures.Plot]) -> list[dict[str, str]]:
-    return [
-        {"uri": encode("image/svg+xml", plot.svg.encode()), "caption": plot.caption, "alt": plot.alt}
-        for plot in plots
-    ]
