@@ -329,7 +329,7 @@ def test_what_the_output_stands_for(prediction, kind):
     # The plain network sees no third channel: add its part, 0.2 seen, by hand through linearity in F.
     gain = [np.asarray(plain._complete(jnp.zeros_like(xt), jnp.full_like(xt, f), t).x0) for f in (0.0, 1.0)]
     gain = gain[1] - gain[0]
-    x, c = (np.asarray(each) for each in model._inputs(xt, t))
+    x, c = (np.asarray(each) for each in model._inputs(xt, t, None))
     out = 0.7 * x + c[:, None, None, None] / 10
     shown = np.broadcast_to(np.asarray(told) > 0, x0.shape)
     usual = np.asarray(plain._complete(xt, jnp.float32(out + 0.2), t).x0)
