@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -223,32 +224,27 @@ def compare(arguments: Sequence[str]) -> int:
     return compare_command.execute(args)
 
 
-def front(arguments: Sequence[str]) -> int:
-    args = parse(commands.FrontArgs, arguments, "mdiff front")
-    from mdiff.report import front_command
+def _of_report(
+    name: str, takes: type[Any], *, job: bool = False, flags: bool = False
+) -> Callable[[Sequence[str]], int]:
+    """A command that `mdiff.report.NAME_command` executes.
 
-    return front_command.execute(args, _command("front", arguments)["command"])
+    Args:
+      name: of the command.
+      takes: its class in `commands`.
+      job: it may be run by several processes, which must agree on its settings.
+      flags: its booleans are bare flags.
+    """
 
+    def run(arguments: Sequence[str]) -> int:
+        args = parse(takes, arguments, f"mdiff {name}", flags=flags)
+        module = importlib.import_module(f"mdiff.report.{name}_command")
+        code: int = module.execute(
+            args, *([_settings(args)] if job else []), _command(name, arguments)["command"]
+        )
+        return code
 
-def denoise(arguments: Sequence[str]) -> int:
-    args = parse(commands.DenoiseArgs, arguments, "mdiff denoise")
-    from mdiff.report import denoise_command
-
-    return denoise_command.execute(args, _command("denoise", arguments)["command"])
-
-
-def leakage(arguments: Sequence[str]) -> int:
-    args = parse(commands.LeakageArgs, arguments, "mdiff leakage")
-    from mdiff.report import leakage_command
-
-    return leakage_command.execute(args, _command("leakage", arguments)["command"])
-
-
-def side(arguments: Sequence[str]) -> int:
-    args = parse(commands.SideArgs, arguments, "mdiff side")
-    from mdiff.report import side_command
-
-    return side_command.execute(args, _settings(args), _command("side", arguments)["command"])
+    return run
 
 
 def watch(arguments: Sequence[str]) -> int:
@@ -346,19 +342,27 @@ COMMANDS = {
         compare, "paired differences between two audited runs", "runs/mine runs/other --out diff.json"
     ),
     "front": Command(
-        front, "the front of quality and memorization over the cells of sweeps",
+        _of_report("front", commands.FrontArgs), "the front of quality and memorization over the cells of sweeps",
         "runs/sweep --out runs/sweep/front",
     ),
     "denoise": Command(
-        denoise, "what runs answer to the same noisy images: errors, sharpness, pictures",
+        _of_report("denoise", commands.DenoiseArgs), "what runs answer to the same noisy images: errors, sharpness, pictures",
         "runs/mine runs/other --out runs/denoising",
     ),
     "side": Command(
-        side, "extract training images through a surrogate condition (SIDE), and measure what came out",
+        _of_report("side", commands.SideArgs, job=True), "extract training images through a surrogate condition (SIDE), and measure what came out",
         "--workdir runs/mine --surrogate.clusters 20",
     ),
+    "detect": Command(
+        _of_report("detect", commands.DetectArgs, job=True, flags=True), "which prompts a text-to-image model knows by heart, by every detector",
+        "--workdir runs/text",
+    ),
+    "nemo": Command(
+        _of_report("nemo", commands.NemoArgs, job=True, flags=True), "find the neurons that make prompts recite their images, and switch them off (NeMo)",
+        "--workdir runs/text",
+    ),
     "leakage": Command(
-        leakage, "how much noisy copies can tell about the images, at most, by cutoff",
+        _of_report("leakage", commands.LeakageArgs), "how much noisy copies can tell about the images, at most, by cutoff",
         "--source faces --size 16 --n 100 --cutoff 0.4 1 2 4",
     ),
     "judge": Command(

@@ -10,6 +10,7 @@ import tyro
 
 from mdiff import config
 from mdiff.config import Config, Processes
+from mdiff.nemo import Detect, Nemo
 from mdiff.side import Side
 
 
@@ -206,6 +207,62 @@ class SideArgs:
     """Folder of the attack; WORKDIR/side when not given."""
     processes: Processes = Processes()
     fields: Annotated[Side, tyro.conf.arg(name="")] = Side()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectArgs:
+    """Which prompts does a text-to-image model know by heart? Every detector, compared with the truth where it is known.
+
+    Prompts are the model's own captions, with the copies that were planted, beside those of held-out images; or the lines of a
+    file. An interrupted run goes on with the detectors that are left.
+    """
+
+    workdir: Path | None = None
+    """Folder of the run; the model that comes with mdiff when not given (with --demo)."""
+    demo: bool = False
+    """Take the small model that comes with mdiff, which recites emoji."""
+    prompts: Path | None = None
+    """Text file, one prompt a line; the captions of the run's own images when not given."""
+    truncate: bool = False
+    """Cut prompts that are longer than the model takes."""
+    list: bool = False
+    """Only say which detectors there are, and what each needs."""
+    out: Path | None = None
+    """Folder of the results; WORKDIR/detect when not given."""
+    processes: Processes = Processes()
+    fields: Annotated[Detect, tyro.conf.arg(name="")] = Detect()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NemoArgs:
+    """Find the neurons that make prompts recite their images (NeMo, arXiv 2406.02366), and see what switching them off does.
+
+    Prompts that look memorized are searched, ordinary ones calibrate the threshold. An interrupted search goes on with the
+    prompts that are left.
+    """
+
+    workdir: Path | None = None
+    """Folder of the run; the model that comes with mdiff when not given (with --demo)."""
+    demo: bool = False
+    """Take the small model that comes with mdiff, which recites emoji."""
+    prompts: Path | None = None
+    """Text file, one prompt a line; the captions of the run's planted duplicates when not given."""
+    ordinary: Path | None = None
+    """Text file of prompts that the model does not know, which calibrate; captions of held-out images when not given."""
+    truncate: bool = False
+    """Cut prompts that are longer than the model takes."""
+    images: int = 4
+    """Images of each prompt from each network, with neurons on and off."""
+    guidance: float = 3.0
+    """Classifier-free guidance of those images; the search itself is unguided."""
+    sample_seed: int = 2
+    """Seed of those images, another than the search's."""
+    export: Path | None = None
+    """Also write a run whose weights have the union of the found neurons pruned."""
+    out: Path | None = None
+    """Folder of the results; WORKDIR/nemo when not given."""
+    processes: Processes = Processes()
+    fields: Annotated[Nemo, tyro.conf.arg(name="")] = Nemo()
 
 
 @dataclass(frozen=True, kw_only=True)
