@@ -5,9 +5,10 @@ Four networks draw the same prompts from the same starting noises, with another 
     whole    nothing off
     own      each prompt's found neurons off
     union    the found neurons of all prompts off, as if pruned for good
-    random   as many random neurons of the same layers as the prompt's own, none of them found for any prompt
+    random   as many random neurons as the prompt's own, none of them among its own
 
-`random` is drawn per prompt where the layers have room beside the union, else beside the prompt's own neurons; which is recorded.
+`random` is drawn from the same layers and apart from the union where there is room, else apart from the prompt's own neurons, else
+from any of the searched layers; how is recorded for each prompt.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from mdiff.train import loop
 from mdiff.types import Estimate, Params, to_float
 
 ARMS = ("whole", "own", "union", "random")
+BESIDE = ("union", "own", "any layer", "none")
+"""How random neurons are drawn: in the same layers and apart from the union; in the same layers; in any layer; or, with more than
+half of all neurons found, not at all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +46,14 @@ class Verified:
       off: name -> bool [P,N], the neurons off.
       changed: name -> float [P,G], SSIM with the whole network's image of the same noise.
       share: name -> float [P], share of images that copy the prompt's own; NaN for prompts without.
-      beside: "union" or "own", what the random neurons were kept apart from.
+      beside: [P] of `BESIDE`, how each prompt's random neurons were drawn.
     """
 
     arms: dict[str, np.ndarray]
     off: dict[str, np.ndarray]
     changed: dict[str, np.ndarray]
     share: dict[str, np.ndarray]
-    beside: str
+    beside: tuple[str, ...]
 
 
 def verify(
@@ -115,30 +119,29 @@ def verify(
             arms[name][todo] = drawn
         advance(len(prompts) - len(todo))
     changed = {name: compare(arms["whole"], arms[name], cfg.similarity) for name in ARMS}
-    return Verified(arms, off, changed, _shares(arms, prompts, train, audit), beside)
+    share = _shares(arms, prompts, train, audit)
+    share["random"][np.array(beside) == BESIDE[-1]] = np.nan
+    return Verified(arms, off, changed, share, beside)
 
 
 def controls(
     records: Sequence[found.Found], layer: np.ndarray, union: np.ndarray, seed: int
-) -> tuple[np.ndarray, str]:
-    """Random neurons for each prompt bool [P,N], and what they are apart from: "union", or "own" where that leaves too few."""
-    for beside, avoid in (("union", np.flatnonzero(union)), ("own", np.zeros(0, int))):
-        try:
-            drawn = [
-                found.random_control(each.refined, layer, seed + each.prompt, avoid=avoid.tolist())
-                if each.refined
-                else ()
-                for each in records
-            ]
-        except UserError:
-            continue
-        out = np.zeros((len(records), len(layer)), bool)
-        for row, neurons in enumerate(drawn):
-            out[row, list(neurons)] = True
-        return out, beside
-    raise UserError(
-        "random control: a prompt's own neurons are more than half of a layer; search wider layers"
-    )
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Random neurons for each prompt bool [P,N], and how each prompt's were drawn, of `BESIDE`."""
+    out, beside = np.zeros((len(records), len(layer)), bool), []
+    anywhere = np.zeros_like(layer)
+    draws = dict(zip(BESIDE, ((layer, np.flatnonzero(union)), (layer, ()), (anywhere, ())), strict=False))
+    for row, each in enumerate(records):
+        drawn: dict[str, tuple[int, ...]] = {}
+        for name, (where, avoid) in draws.items():
+            try:
+                drawn[name] = found.random_control(each.refined, where, seed + each.prompt, avoid=list(avoid))
+            except UserError:
+                continue
+            break
+        beside.append(next(iter(drawn), BESIDE[-1]))
+        out[row, list(next(iter(drawn.values()), ()))] = True
+    return out, tuple(beside)
 
 
 def compare(a: np.ndarray, b: np.ndarray, cfg: Similarity) -> np.ndarray:
@@ -164,23 +167,25 @@ def _shares(
 def rates(share: Mapping[str, np.ndarray], chosen: np.ndarray, audit: config.Audit) -> dict[str, Any]:
     """Over the chosen prompts [P]: share of images that are copies in each network, and paired differences from the whole.
 
-    Intervals resample prompts.
+    Prompts without a share, or without random neurons, are left out. Intervals resample prompts; where all have the same share, 0 or
+    1, they are Wilson's.
     """
     out: dict[str, Estimate] = {}
     for name, values in share.items():
         here = values[chosen]
-        if len(here):
-            out[name] = _mean(here, audit)
-        if len(here) and name != "whole":
-            out[f"{name} - whole"] = _mean(here - share["whole"][chosen], audit)
+        if (known := np.isfinite(here)).any():
+            out[name] = _mean(here[known], audit, 0.0)
+            if name != "whole":
+                out[f"{name} - whole"] = _mean((here - share["whole"][chosen])[known], audit, -1.0)
     return out
 
 
-def _mean(values: np.ndarray, audit: config.Audit) -> Estimate:
+def _mean(values: np.ndarray, audit: config.Audit, low: float) -> Estimate:
+    """Of values in [low, 1], with an interval."""
+    n, width = len(values), 1.0 - low
+    if np.ptp(values) == 0 and values[0] in (low, 1.0):
+        found = intervals.wilson(n if values[0] == 1.0 else 0, n, audit.confidence)
+        return Estimate(*(low + width * end for end in (found.value, found.low, found.high)), n=n)
     return intervals.bootstrap(
-        intervals.mean(values),
-        len(values),
-        n_resamples=audit.bootstrap,
-        confidence=audit.confidence,
-        seed=audit.seed,
+        intervals.mean(values), n, n_resamples=audit.bootstrap, confidence=audit.confidence, seed=audit.seed
     )

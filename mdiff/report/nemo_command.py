@@ -195,7 +195,7 @@ def _tree(
         "prompts": rows,
         "union": layers.by_layer(np.flatnonzero(frequency).tolist()),
         "groups": groups,
-        "beside": parts["memorized"].beside if "memorized" in parts else "",
+        "beside": {way: parts["memorized"].beside.count(way) for way in nemo_verify.BESIDE} if parts else {},
         "seconds": {"search": search.seconds, "images": drawing},
         "evaluations": sum(each.evaluations for each in search.found),
         "calls": first.calls,

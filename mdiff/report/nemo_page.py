@@ -222,6 +222,14 @@ def _three(value: float | None) -> Row:
     return parts.plain(value, "" if value is None else f"{value:.3f}")
 
 
+BESIDE = {
+    "union": "from the same layers, apart from the neurons found for any prompt",
+    "own": "from the same layers, apart from the prompt's own, as too few others are left",
+    "any layer": "from any of the layers, apart from the prompt's own",
+    "none": "not at all, as more than half of all neurons were found",
+}
+
+
 def _notes(tree: Row, known: Sequence[Row]) -> list[str]:
     """What these numbers cannot say."""
     close = sum(row["close"] for row in tree["prompts"])
@@ -235,12 +243,8 @@ def _notes(tree: Row, known: Sequence[Row]) -> list[str]:
         "image that only part of the seeds recite may be missed.",
     ]
     if known:
-        beside = (
-            "of all prompts"
-            if tree["beside"] == "union"
-            else "of the prompt itself, as the layers have too few others"
-        )
-        notes.append(f"Random neurons were drawn from the same layers, apart from those found {beside}.")
+        ways = [f"{BESIDE[way]} ({count} prompts)" for way, count in tree["beside"].items() if count]
+        notes.append(f"Random neurons, as many as the prompt's own, were drawn {', '.join(ways)}.")
         notes.append(
             "Intervals resample prompts: they cover other prompts of this model, not another training of it."
         )
