@@ -111,6 +111,7 @@ def search(out: Path, *, memorized=True, settings=Nemo(), layers=LAYERS, name="r
         "prompts": rows,
         "union": {place: index for place, index in union.items() if index},
         "groups": {"verbatim": rates, "template": rates} if known else {},
+        "nearest": {"verbatim": rates, "template": rates} if known else {},
         "beside": {"union": 0, "own": known, "any layer": 0, "none": 0} if known else {},
         "seconds": {"search": 12.34, "images": 56.7},
         "evaluations": 5 * 1234 if known else 0,
@@ -262,9 +263,9 @@ def test_numbers_are_those_of_the_file(made):
         assert text in html, text
     assert "5 of 6 prompts look memorized" in html and "Second &lt;sentence&gt;." in html
     assert "39 fresh ordinary prompts" in html and "6,170 scores in 321 calls, 12.3 s" in html
-    assert "apart from those found of the prompt itself" in html
+    assert "apart from the prompt&#39;s own, as too few others are left (5 prompts)" in html
     drawn = [base64.b64decode(one).decode() for one in re.findall(r"svg\+xml;base64,([^\"]+)", html)]
-    assert len(drawn) == 3 and any("<!-- tau = 0.432 -->" in one for one in drawn)
+    assert len(drawn) == 4 and any("<!-- tau = 0.432 -->" in one for one in drawn)
 
 
 def test_bars_are_as_high_as_the_rates(monkeypatch):

@@ -46,6 +46,8 @@ class Verified:
       off: name -> bool [P,N], the neurons off.
       changed: name -> float [P,G], SSIM with the whole network's image of the same noise.
       share: name -> float [P], share of images that copy the prompt's own; NaN for prompts without.
+      nearest: name -> float [P], share of images to which the prompt's own is nearer than any other training image: a spoiled
+        copy is no copy by the ratio of distances, and still of its image.
       beside: [P] of `BESIDE`, how each prompt's random neurons were drawn.
     """
 
@@ -53,6 +55,7 @@ class Verified:
     off: dict[str, np.ndarray]
     changed: dict[str, np.ndarray]
     share: dict[str, np.ndarray]
+    nearest: dict[str, np.ndarray]
     beside: tuple[str, ...]
 
 
@@ -119,9 +122,10 @@ def verify(
             arms[name][todo] = drawn
         advance(len(prompts) - len(todo))
     changed = {name: compare(arms["whole"], arms[name], cfg.similarity) for name in ARMS}
-    share = _shares(arms, prompts, train, audit)
-    share["random"][np.array(beside) == BESIDE[-1]] = np.nan
-    return Verified(arms, off, changed, share, beside)
+    share, nearest = _shares(arms, prompts, train, audit)
+    for each in (share, nearest):
+        each["random"][np.array(beside) == BESIDE[-1]] = np.nan
+    return Verified(arms, off, changed, share, nearest, beside)
 
 
 def controls(
@@ -130,12 +134,15 @@ def controls(
     """Random neurons for each prompt bool [P,N], and how each prompt's were drawn, of `BESIDE`."""
     out, beside = np.zeros((len(records), len(layer)), bool), []
     anywhere = np.zeros_like(layer)
-    draws = dict(zip(BESIDE, ((layer, np.flatnonzero(union)), (layer, ()), (anywhere, ())), strict=False))
+    none = np.zeros(0, int)
+    draws = {"union": (layer, np.flatnonzero(union)), "own": (layer, none), "any layer": (anywhere, none)}
     for row, each in enumerate(records):
         drawn: dict[str, tuple[int, ...]] = {}
         for name, (where, avoid) in draws.items():
             try:
-                drawn[name] = found.random_control(each.refined, where, seed + each.prompt, avoid=list(avoid))
+                drawn[name] = found.random_control(
+                    each.refined, where, seed + each.prompt, avoid=avoid.tolist()
+                )
             except UserError:
                 continue
             break
@@ -152,16 +159,15 @@ def compare(a: np.ndarray, b: np.ndarray, cfg: Similarity) -> np.ndarray:
 
 def _shares(
     arms: Mapping[str, np.ndarray], prompts: Prompts, train: np.ndarray, audit: config.Audit
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     known = np.array([bool(own) for own in prompts.own])
-    out = {}
-    for name, images in arms.items():
-        share = np.full(len(prompts), np.nan)
-        if known.any():
-            own = [own for own in prompts.own if own]
-            share[known] = recited.verdicts(images[known], own, train, audit).share
-        out[name] = share
-    return out
+    own = [own for own in prompts.own if own]
+    share, nearest = ({name: np.full(len(prompts), np.nan) for name in arms} for _ in range(2))
+    for name, images in arms.items() if own else ():
+        found = recited.verdicts(images[known], own, train, audit)
+        share[name][known] = found.share
+        nearest[name][known] = (found.ratio < 1).mean(1)
+    return share, nearest
 
 
 def rates(share: Mapping[str, np.ndarray], chosen: np.ndarray, audit: config.Audit) -> dict[str, Any]:
@@ -185,7 +191,7 @@ def _mean(values: np.ndarray, audit: config.Audit, low: float) -> Estimate:
     n, width = len(values), 1.0 - low
     if np.ptp(values) == 0 and values[0] in (low, 1.0):
         found = intervals.wilson(n if values[0] == 1.0 else 0, n, audit.confidence)
-        return Estimate(*(low + width * end for end in (found.value, found.low, found.high)), n=n)
+        return Estimate(low + width * found.value, low + width * found.low, low + width * found.high, n)
     return intervals.bootstrap(
         intervals.mean(values), n, n_resamples=audit.bootstrap, confidence=audit.confidence, seed=audit.seed
     )

@@ -146,6 +146,7 @@ def _tree(
     """All numbers for machines."""
     layers, rows = first.units, []
     shares = parts["memorized"].share if "memorized" in parts else {}
+    nearest = parts["memorized"].nearest if "memorized" in parts else {}
     changed = parts["memorized"].changed if "memorized" in parts else {}
     place = np.cumsum(search.memorized) - 1
     for index, record in enumerate(search.found):
@@ -170,12 +171,16 @@ def _tree(
                 "copies_of_own": {name: _number(each[place[index]]) for name, each in shares.items()}
                 if known
                 else {},
+                "nearest_own": {name: _number(each[place[index]]) for name, each in nearest.items()}
+                if known
+                else {},
                 "similar_to_whole": {name: float(each[place[index]].mean()) for name, each in changed.items()}
                 if known
                 else {},
             }
         )
-    groups = _groups(asked.take(search.memorized), shares, target.config.audit)
+    memorized, audit = asked.take(search.memorized), target.config.audit
+    groups, near = (_groups(memorized, each, audit) for each in (shares, nearest))
     frequency = found.frequency(search.found, len(layers))
     return {
         "format": nemo_page.READS,
@@ -195,11 +200,12 @@ def _tree(
         "prompts": rows,
         "union": layers.by_layer(np.flatnonzero(frequency).tolist()),
         "groups": groups,
+        "nearest": near,
         "beside": {way: parts["memorized"].beside.count(way) for way in nemo_verify.BESIDE} if parts else {},
         "seconds": {"search": search.seconds, "images": drawing},
         "evaluations": sum(each.evaluations for each in search.found),
         "calls": first.calls,
-        "verdict": verdict(asked, calibration, search, groups, int((frequency > 0).sum()), len(layers)),
+        "verdict": verdict(asked, calibration, search, groups, near, int((frequency > 0).sum()), len(layers)),
         "versions": workdir.versions(),
     }
 
@@ -240,6 +246,7 @@ def verdict(
     calibration: Calibration,
     search: Search,
     groups: Mapping[str, Mapping[str, Any]],
+    nearest: Mapping[str, Mapping[str, Any]],
     union: int,
     neurons: int,
 ) -> list[str]:
@@ -264,6 +271,11 @@ def verdict(
         lines.append(
             f"{kind.capitalize()}: {_percent(whole)} of images are copies with all neurons on, {_percent(own)} with the "
             f"prompt's own off, {_percent(random)} with as many random ones off."
+        )
+        spoiled = Estimate(**nearest[kind]["own"])
+        lines.append(
+            f"With the prompt's own off, its training image is still the nearest to {_percent(spoiled)} of the {kind} images: "
+            "those are spoiled, not forgotten."
         )
     lines.append(
         "The neurons say where these prompts pass; other prompts may reach an image on another path."

@@ -131,10 +131,25 @@ def copies_axis(axes: Axes, copies: Sequence[int]) -> None:
     axes.tick_params(axis="x", which="minor", length=0)
 
 
-def copies(groups: Mapping[str, Mapping[str, Any]]) -> Captioned | None:
-    """Share of images that are copies, with nothing, the found and random neurons off; None where nothing was compared."""
-    if not groups:
-        return None
+def copies(groups: Mapping[str, Mapping[str, Any]]) -> Captioned:
+    """Share of images that are copies, with nothing, the found and random neurons off."""
+    return _bars(
+        groups,
+        "images that are copies",
+        "Memorized prompts only. Random: as many neurons, none of the prompt's own.",
+    )
+
+
+def nearest(groups: Mapping[str, Mapping[str, Any]]) -> Captioned:
+    """Share of images to which the prompt's own training image is still the nearest."""
+    caption = (
+        "Images to which the prompt's own training image is nearer than any other. A copy that neurons off only spoil is no copy "
+        "above, and still stands here."
+    )
+    return _bars(groups, "own image is nearest", caption)
+
+
+def _bars(groups: Mapping[str, Mapping[str, Any]], label: str, caption: str) -> Captioned:
     with matplotlib.rc_context(figures.style()):
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
@@ -151,15 +166,15 @@ def copies(groups: Mapping[str, Mapping[str, Any]]) -> Captioned | None:
                     at, max(value.high, value.value) + 0.015, f"{100 * value.value:.0f}", ha="center", va="bottom", fontsize=8.5
                 )  # fmt: skip
         axes.set_xticks(range(len(groups)), labels=list(groups))
-        axes.set(ylabel="images that are copies", ylim=(0, 1.12), xlim=(-0.55, len(groups) - 0.45))
+        axes.set(ylabel=label, ylim=(0, 1.12), xlim=(-0.55, len(groups) - 0.45))
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.grid(False, axis="x")
         figures.legend(axes, [(_ARM_COLORS[i], "-", text) for i, text in enumerate(ARMS.values())])
         return parts.captioned(
             figure,
-            "Memorized prompts only. Random: as many neurons of the same layers, none of them found.",
-            "Share of copies with neurons off",
+            caption,
+            f"{label.capitalize()}, with neurons off",
             "nemo.json",
         )
 

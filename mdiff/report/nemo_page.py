@@ -33,6 +33,7 @@ _NEEDED = {
         "prompts",
         "union",
         "groups",
+        "nearest",
         "beside",
     ),
     *("seconds", "evaluations", "calls", "verdict", "versions", "arrays"),
@@ -55,7 +56,8 @@ def write(out: Path) -> Path:
     tree, arrays = parts.read(out / "nemo.json", READS, _NEEDED, "mdiff nemo")
     _check(out / "nemo.npz", tree, arrays)
     known = [row for row in tree["prompts"] if row["memorized"]]
-    bars = nemo_figures.copies(tree["groups"])
+    groups, nearest = tree["groups"], tree["nearest"]
+    bars = [nemo_figures.copies(groups), nemo_figures.nearest(nearest)] if groups else []
     html = parts.render(
         "nemo.html",
         "nemo.json",
@@ -77,8 +79,8 @@ def write(out: Path) -> Path:
         most=int(arrays["frequency"].max(initial=0)),
         shades=_shades(int(arrays["frequency"].max(initial=0))),
         map=nemo_figures.layers(tree["layers"], arrays["layer"], arrays["frequency"]),
-        bars=parts.uris([bars] if bars else []),
-        groups=_groups(tree["groups"]),
+        bars=parts.uris(bars),
+        groups={"Copies": _groups(groups), "Own image nearest": _groups(nearest)},
         prompts=[_prompt(row, tree["settings"]["seeds"]) for row in tree["prompts"]],
         notes=_notes(tree, known),
         decisions=decisions(tree["settings"]),
