@@ -112,7 +112,7 @@ def search(out: Path, *, memorized=True, settings=Nemo(), layers=LAYERS, name="r
         "union": {place: index for place, index in union.items() if index},
         "groups": {"verbatim": rates, "template": rates} if known else {},
         "nearest": {"verbatim": rates, "template": rates} if known else {},
-        "beside": {"union": 0, "own": known, "any layer": 0, "none": 0} if known else {},
+        "beside": {"union": 0, "own": len(known), "any layer": 0, "none": 0} if known else {},
         "seconds": {"search": 12.34, "images": 56.7},
         "evaluations": 5 * 1234 if known else 0,
         "calls": 321,
