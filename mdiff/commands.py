@@ -213,8 +213,8 @@ class SideArgs:
 class DetectArgs:
     """Which prompts does a text-to-image model know by heart? Every detector, compared with the truth where it is known.
 
-    Prompts are the model's own captions, with the copies that were planted, beside those of held-out images; or the lines of a
-    file. An interrupted run goes on with the detectors that are left.
+    Prompts are captions of the model's planted duplicates beside captions of images seen once or never; or the lines of a file.
+    An interrupted run goes on with the detectors that are left.
     """
 
     workdir: Path | None = None
@@ -222,7 +222,13 @@ class DetectArgs:
     demo: bool = False
     """Take the small model that comes with mdiff, which recites emoji."""
     prompts: Path | None = None
-    """Text file, one prompt a line; the captions of the run's own images when not given."""
+    """Text file, one prompt a line; when not given, captions of the run's planted duplicates beside unknown ones."""
+    unknown: int = 100
+    """Captions of images seen once, and as many of held-out images, that those are compared with."""
+    images: int = 4
+    """Images drawn of each prompt, to see whether it recites its own."""
+    image_guidance: float = 1.0
+    """Classifier-free guidance of those images; 1 is none."""
     truncate: bool = False
     """Cut prompts that are longer than the model takes."""
     list: bool = False

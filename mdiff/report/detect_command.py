@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mdiff import commands, config, job
+from mdiff.errors import UserError
 from mdiff.fields import to_json
 from mdiff.files import absolute, check_writable, strict, write_atomically, write_json
-from mdiff.probes import prompted_run, rates, recited, stamped, units
+from mdiff.probes import prompted_run, rates, stamped
 from mdiff.probes.prompted import needs
-from mdiff.recipes import prompts, recite
+from mdiff.recipes import detect, prompts
 from mdiff.recipes.prompts import Prompts
 from mdiff.recipes.text_target import TextTarget
 from mdiff.report import detect_page
@@ -25,10 +26,8 @@ from mdiff.train import mesh as meshes
 from mdiff.train import workdir
 
 GROUPS = {"both": "all", "verbatim": "verbatim", "template": "template"}
-DRAWN, SHOWN = 8, 24
-"""Images drawn of each prompt to see whether it recites, and prompts whose images are shown."""
-KNOWN, UNKNOWN = 0.5, 0.1
-"""A prompt is memorized when more than KNOWN of its images are copies, and not when fewer than UNKNOWN are; others are left out."""
+SHOWN = 24
+"""Prompts whose images are shown."""
 
 
 def execute(args: commands.DetectArgs, settings: dict[str, Any], command: str) -> int:
@@ -36,6 +35,9 @@ def execute(args: commands.DetectArgs, settings: dict[str, Any], command: str) -
     if args.list:
         _list(args)
         return 0
+    for name, least in (("images", 1), ("unknown", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
     out = folder_of(args.workdir, args.demo, args.out, "detect")
     with job.join("detect", args.processes, settings) as this:
 
@@ -48,18 +50,13 @@ def execute(args: commands.DetectArgs, settings: dict[str, Any], command: str) -
 
         target, asked, chosen, left_out = this.prepare(out, prepare)
         out.mkdir(parents=True, exist_ok=True)
-        on = meshes.make_mesh(target.config.mesh)
-        images, verdicts = _recite(target, asked, this.monitor)
-        truth = _truth(asked, verdicts)
-        scored = {}
-        for place, detector in enumerate(chosen):
-            scored[detector.name] = prompted_run.run(
-                target.model, target.params, detector, asked.tokens, args.fields, on=on
-            )
-            this.monitor.progress("detectors", place + 1, len(chosen), {})
+        identity = {"target": target.identity, "prompts": list(asked.text)}
+        kept, on = detect.Parts(out / "parts", identity, this.check), meshes.make_mesh(target.config.mesh)
+        drawn = detect.draw(target, asked, args.images, args.image_guidance, kept, this.monitor)
+        scored = detect.score(target, asked, chosen, args.fields, kept, this.monitor, on)
         if not this.first:
             return 0
-    return _write(args, command, out, target, asked, truth, verdicts, images, scored, left_out)
+    return _write(args, command, out, target, asked, drawn, scored, left_out)
 
 
 def _list(args: commands.DetectArgs) -> None:
@@ -73,42 +70,10 @@ def _list(args: commands.DetectArgs) -> None:
 
 
 def _prompts(args: commands.DetectArgs, target: TextTarget) -> Prompts:
-    trained = prompts.of_training(target.subset)
-    if args.prompts is not None:
-        given = prompts.of_file(args.prompts, target.tokenizer, truncate=args.truncate)
-        return prompts.known(given, trained)
-    return prompts.join(trained, prompts.of_heldout(target.subset)) if len(target.subset.heldout) else trained
-
-
-def _recite(target: TextTarget, asked: Prompts, monitor: Any) -> tuple[np.ndarray, recited.Verdicts | None]:
-    """Images of every prompt that has training images of its own, and whether they are copies."""
-    known = np.array([bool(own) for own in asked.own])
-    if not known.any():
-        return np.zeros((0, 0, *target.model.shape), np.uint8), None
-    sample = replace(target.config.sample, seed=target.config.sample.seed + 1)
-    here, done = asked.take(known), 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        monitor.progress("images", done, len(here), {})
-
-    everything = units.discover(target.model, "cross/value_gate")
-    draw = recite.make(target.model, everything, sample, advance)
-    on = np.ones((len(here), len(everything)), np.float32)
-    images = draw(target.params, here.tokens, on, np.arange(DRAWN))
-    train = np.asarray(target.subset.train.x)
-    return images, recited.verdicts(images, here.own, train, target.config.audit)
-
-
-def _truth(asked: Prompts, verdicts: recited.Verdicts | None) -> np.ndarray:
-    """[P]: "verbatim", "template", "none", or "" for what is neither."""
-    truth = np.where(asked.kind == "heldout", "none", "").astype("<U8")
-    known = np.flatnonzero([bool(own) for own in asked.own])
-    for place, share in zip(known, () if verdicts is None else verdicts.share, strict=True):
-        kind = "template" if asked.kind[place] == "template" else "verbatim"
-        truth[place] = kind if share > KNOWN else "none" if share < UNKNOWN else ""
-    return truth
+    if args.prompts is None:
+        return detect.of_model(target.subset, args.unknown, args.fields.seed)
+    given = prompts.of_file(args.prompts, target.tokenizer, truncate=args.truncate)
+    return prompts.known(given, prompts.of_training(target.subset))
 
 
 def _write(
@@ -117,13 +82,12 @@ def _write(
     out: Path,
     target: TextTarget,
     asked: Prompts,
-    truth: np.ndarray,
-    verdicts: recited.Verdicts | None,
-    images: np.ndarray,
+    drawn: detect.Recited,
     scored: Mapping[str, prompted_run.Scored],
     left_out: Mapping[str, str],
 ) -> int:
     cfg, rows, arrays = args.fields, [], {"train": np.asarray(target.subset.train.x)}
+    truth, curve = drawn.truth(asked), drawn.curve(asked, target.config.audit)
     about = {row["name"]: row for row in needs(cfg)}
     for name, found in scored.items():
         groups: dict[str, Any] = dict.fromkeys(GROUPS.values())
@@ -156,17 +120,10 @@ def _write(
                 "groups": groups,
             }
         )
-    known = np.flatnonzero([bool(own) for own in asked.own])
-    share = {int(p): float(s) for p, s in zip(known, () if verdicts is None else verdicts.share, strict=True)}
-    planted = np.isin(asked.kind[known], ("verbatim", "unique"))
-    curve = None
-    if verdicts is not None and len(set(asked.copies[known][planted])) > 1:
-        curve = recited.curve(
-            asked.copies[known][planted], verdicts.copy[planted], target.config.audit
-        ).to_json()
-    if len(images):
-        strongest = np.argsort(-asked.copies[known], kind="stable")[:SHOWN]
-        arrays |= {"images": images[strongest], "image_prompt": known[strongest]}
+    share = {int(p): float(s) for p, s in zip(drawn.place, drawn.share, strict=True)}
+    if len(drawn.images):
+        strongest = np.argsort(-asked.copies[drawn.place], kind="stable")[:SHOWN]
+        arrays |= {"images": drawn.images[strongest], "image_prompt": drawn.place[strongest]}
     data, stamp = stamped.pack(arrays)
     tree: dict[str, Any] = {
         "format": detect_page.READS,
@@ -185,7 +142,8 @@ def _write(
             for i in range(len(asked))
         ],
         "truth": (
-            f"memorized: more than {KNOWN:.0%} of {DRAWN} images are copies of the prompt's own; not: fewer than {UNKNOWN:.0%}, "
+            f"memorized: more than {detect.KNOWN:.0%} of {args.images} images are copies of the prompt's own; not: fewer than "
+            f"{detect.UNKNOWN:.0%}, "
             "or a held-out caption; others count for neither"
         ),
         "curve": curve,
