@@ -277,10 +277,11 @@ def edge_strength(image: Array) -> Array:
 
 
 def needs(cfg: Detect = Detect()) -> list[dict[str, Any]]:
-    """What each detector needs: name, source, larger_is_memorized, attention, jvp, guidance, calls for each prompt and seed."""
+    """What each detector is and needs: name, what, source, larger_is_memorized, attention, jvp, guidance, calls for each prompt and seed."""
     return [
         {
             "name": each.name,
+            "what": " ".join((type(each).__doc__ or "").split("\n\n")[0].split()).rstrip(":"),
             "source": each.source,
             "larger_is_memorized": each.sign > 0,
             "attention": each.taps,

@@ -114,6 +114,7 @@ def _write(
         rows.append(
             {
                 "name": name,
+                "what": about[name]["what"],
                 "sign": found.sign,
                 "needs": about[name],
                 "seconds": found.seconds,
