@@ -45,7 +45,7 @@ def export(target: TextTarget, units: Units, neurons: np.ndarray, folder: Path, 
         target.model, optimizer, target.config.seed, mesh.make_mesh(target.config.mesh), settings.ema_lengths
     )
     shapes = plan[1]
-    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     pruned = replace(
         fresh,
         step=jnp.asarray(target.identity["step"], fresh.step.dtype),
