@@ -311,7 +311,7 @@ def transfer(lab: Lab, past: dict[str, Any]) -> dict[str, Any]:
     return {
         "splits": len(splits),
         "covered_by_layer": dict(
-            zip(layers.names, np.mean([t.covered for _, t in splits], 0).tolist(), strict=True)
+            zip(layers.names, np.nanmean([t.covered for _, t in splits], 0).tolist(), strict=True)
         ),
         "overlap_by_layer": dict(
             zip(layers.names, np.mean([t.overlap for _, t in splits], 0).tolist(), strict=True)

@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from mdiff import config
 from mdiff.cli import main
 from mdiff.console import Monitor
-from mdiff.probes import units
+from mdiff.probes import first_step, units
 from mdiff.probes.found import Found
 from mdiff.recipes import nemo_verify, prompts, recite, text_target
 
@@ -33,13 +33,15 @@ def nemo(out, asked, *more) -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
-    """Every search compiles the same programs."""
+    """Every search compiles the same programs; fewer of them, as the network is cut in one place instead of four."""
+    cuts, first_step.CUTS = first_step.CUTS, 1
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
     jax.config.update(names[1], 0.0)
     compilation_cache.reset_cache()
     yield
+    first_step.CUTS = cuts
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -99,7 +101,7 @@ def test_recited_prompts_are_found_and_cut(done):
         assert 0 < sum(map(len, row["neurons"].values())) < 200
         assert row["copies_of_own"]["whole"] == 1.0 and row["copies_of_own"]["own"] == 0.0
         assert row["copies_of_own"]["random"] > row["copies_of_own"]["own"]
-        assert row["similar_to_whole"]["whole"] == pytest.approx(1) > row["similar_to_whole"]["own"]
+        assert row["similar_to_whole"]["whole"] == pytest.approx(1) and row["similar_to_whole"]["own"] < 0.9
     assert never["similarity"] < often["similarity"]
     page = (done[0] / "found" / "nemo.html").read_text()
     assert "pause button" in page and "Own image nearest" in page
