@@ -1,5 +1,7 @@
 """Text encoder and text-conditional U-Net once more, in float64 numpy, from their papers and docstrings."""
 
+import itertools
+
 import numpy as np
 from numpy_networks import conv, dense, gelu, group_norm, silu, sinusoids, unet_block
 
@@ -101,10 +103,14 @@ def denoise(params, net, xt, sigma, tokens):
     return 0.25 / (s**2 + 0.25) * xt + 0.5 * s / np.sqrt(s**2 + 0.25) * raw
 
 
-def euler(params, net, noise, tokens, levels):
-    """Images from unit noise by Euler steps down the noise levels, the last of which is 0."""
+def euler(params, net, noise, tokens, levels, guidance=1.0, empty=None):
+    """Images from unit noise by Euler steps down the noise levels, the last of which is 0; `empty` [L] is the null caption."""
     u = levels[0] * noise
-    for sigma, target in zip(levels[:-1], levels[1:], strict=True):
-        x0 = denoise(params, net, u, np.full(len(u), sigma), tokens)
+    for sigma, target in itertools.pairwise(levels):
+        every = np.full(len(u), sigma)
+        x0 = denoise(params, net, u, every, tokens)
+        if guidance != 1:
+            null = denoise(params, net, u, every, np.tile(empty, (len(u), 1)))
+            x0 = null + guidance * (x0 - null)
         u = u + (target - sigma) * (u - x0) / sigma
     return u

@@ -206,3 +206,27 @@ def test_bad_ranking():
         localize_fast.gradient(Scores(lambda p, off: 0), np.ones((1, 3)), flat(4), 0.5, Nemo())
     with pytest.raises(UserError, match="importance of prompt 1"):
         localize_fast.gradient(Scores(lambda p, off: 0), np.array([[1.0], [np.inf]]), flat(1), 0.5, Nemo())
+
+
+def test_unrefined_leading_neurons_cost_a_logarithm():
+    """Neurons 3, 7 and 11 each take a third: the three that lead are enough, and what stands between them stays."""
+    carriers = np.array([3, 7, 11])
+    importance = np.zeros((1, 600))
+    importance[0, carriers] = 3.0, 2.0, 1.0
+    importance[0, 5] = 2.5  # leads, and does nothing
+
+    def score(prompt, off):
+        return 1.0 - off[carriers].sum() / 3
+
+    found = {
+        refine: next(
+            iter(
+                localize_fast.gradient(
+                    Scores(score), importance, flat(600, 7), 0.1, Nemo(width=1, refine=refine)
+                )
+            )
+        )
+        for refine in (False, True)
+    }
+    assert found[False].refined == (3, 5, 7, 11) and found[True].refined == (3, 7, 11)
+    assert found[False].evaluations <= 2 * 10 and found[False].score == pytest.approx(0)

@@ -24,11 +24,17 @@ from mdiff.recipes import nemo_verify, prompts, recite, text_target
 
 ASKED = ("pause button", "a cat that nobody trained on", "oil drum")
 """Trained on 100 times, never, and 30 times."""
-SMALL = ("--seeds", "3", "--sigma", "5", "--mode", "gradient", "--images", "2")
+SMALL = ("--seeds", "3", "--sigma", "5", "--mode", "gradient", "--images", "2", "--tau", "0.62")
+ORDINARY = 16
+"""Held-out captions that calibrate."""
 
 
 def nemo(out, asked, *more) -> int:
-    return main(["nemo", "--demo", "--prompts", str(asked), "--out", str(out), *SMALL, *more])
+    return main(["nemo", "--demo", "--prompts", str(asked), "--out", str(out), *small(asked), *more])
+
+
+def small(asked) -> tuple[str, ...]:
+    return (*SMALL, "--ordinary", str(asked.parent / "ordinary.txt"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,8 +54,9 @@ def compile_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def asked(target, tmp_path_factory):
     path = tmp_path_factory.mktemp("asked") / "prompts.txt"
+    (path.parent / "ordinary.txt").write_text("\n".join(prompts.of_heldout(target.subset).text[:ORDINARY]))
     path.write_text("\n".join(ASKED) + "\n\n")
     return path
 
@@ -108,11 +115,10 @@ def test_recited_prompts_are_found_and_cut(done):
 
 
 def test_a_prompt_without_kept_seed_is_not_memorized(done):
-    row = next(row for row in done[1]["prompts"] if row["prompt"] == ASKED[1])
-    if not row["memorized"]:
-        assert row["reason"] == "not memorized" and row["neurons"] == {} and row["evaluations"] == 0
-    else:  # an ordinary prompt may look memorized, as often as the calibration says
-        assert row["similarity"] > done[1]["calibration"]["tau"]
+    row = done[1]["prompts"][1]
+    assert row["prompt"] == ASKED[1] and row["similarity"] < done[1]["calibration"]["tau"] == 0.62
+    assert not row["memorized"] and row["reason"] == "not memorized"
+    assert row["neurons"] == {} and row["evaluations"] == 0 and row["score"] is None
 
 
 def test_a_killed_search_goes_on_with_the_prompt_it_was_on(done, asked, tmp_path):
@@ -160,12 +166,14 @@ def test_the_pruned_run_answers_as_the_gated_network(done, target):
 
 
 def child(out, asked, *more, devices=1):
-    args = ["nemo", "--demo", "--prompts", str(asked), "--out", str(out), *SMALL, *more]
+    """A search of the first prompt alone, in a process of its own."""
+    alone = asked.parent / "alone.txt"
+    alone.write_text(ASKED[0])
+    args = ["nemo", "--demo", "--prompts", str(alone), "--out", str(out), *small(asked), *more]
     code = f"import sys; from mdiff.cli import main; sys.exit(main({args!r}))"
     env = {**child_env(asked.parent), "JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], env=env, **said)
 
 
 def free_port() -> int:
@@ -175,30 +183,20 @@ def free_port() -> int:
 
 
 def test_eight_devices_and_two_processes_find_the_same_neurons(done, asked, tmp_path):
-    eight = child(tmp_path / "eight", asked, "--mesh.trial", "8", "--batch", "2", devices=8)
-    assert eight.wait(600) == 0, eight.stdout.read()
+    eight = child(tmp_path / "eight", asked, "--mesh.trial", "8", "--batch", "1", devices=8)
+    said = eight.communicate(timeout=600)[0]
+    assert eight.returncode == 0, said
     address = ("--processes.coordinator", f"127.0.0.1:{free_port()}", "--processes.count", "2")
-    both = [
-        child(
-            tmp_path / "two",
-            asked,
-            "--mesh.trial",
-            "2",
-            "--batch",
-            "4",
-            *address,
-            "--processes.index",
-            str(i),
-        )
-        for i in range(2)
-    ]
+    two = ("--mesh.trial", "2", "--batch", "1", *address)
+    both = [child(tmp_path / "two", asked, *two, "--processes.index", str(i)) for i in range(2)]
     said = [one.communicate(timeout=600)[0] for one in both]
     assert [one.returncode for one in both] == [0, 0], said
+    theirs = done[1]["prompts"][0]
     for name in ("eight", "two"):
-        tree = json.loads((tmp_path / name / "nemo.json").read_text())
-        for mine, theirs in zip(tree["prompts"], done[1]["prompts"], strict=True):
-            assert mine["neurons"] == theirs["neurons"] or mine["close"] or theirs["close"], mine["prompt"]
-            assert mine["memorized"] == theirs["memorized"]
+        mine = json.loads((tmp_path / name / "nemo.json").read_text())["prompts"][0]
+        assert mine["neurons"] == theirs["neurons"] or mine["close"] or theirs["close"]
+        for arm in ("whole", "own"):  # random neurons avoid the union, which is of more prompts there
+            assert mine["copies_of_own"][arm] == theirs["copies_of_own"][arm]
 
 
 WRONG = {

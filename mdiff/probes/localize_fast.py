@@ -177,14 +177,14 @@ def gradient(
     memorized: np.ndarray | None = None,
     rows: int = 0,
 ) -> Iterator[Found]:
-    """Neurons among the leading ones of a ranking, refined exactly, in each layer the least important first.
+    """Neurons among the leading ones of a ranking, refined exactly, in each layer the least important first; or all leading ones.
 
     Args:
       evaluate: the score function.
       importance: float [P,N], larger is tried first, such as |d score / d gate|; equal ones by number.
       neurons: their layers; the statistics are not used.
       tau: score at or below which an image is not memorized.
-      cfg: settings of the search.
+      cfg: settings of the search; without `refine` the leading neurons are what is found.
       prompts: see `localize.exact`.
       memorized: see `localize.exact`.
       rows: see `localize.exact`.
@@ -198,7 +198,9 @@ def gradient(
         order = np.argsort(-np.asarray(importance[prompt], np.float64), kind="stable")
         start = yield from ranked(tests, order, tau)
         least = replace(start, neurons=start.neurons[::-1])
-        off = yield from localize.refine(tests, least, neurons.layer, cfg.order)
+        off = start.off
+        if cfg.refine:
+            off = yield from localize.refine(tests, least, neurons.layer, cfg.order)
         return localize.record(tests, start, off, tau, "gradient")
 
     return run(
