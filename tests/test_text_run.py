@@ -15,6 +15,7 @@ import numpy_text
 import pytest
 from child_env import child_env
 
+from mdiff.data.builders import cache_dir
 from mdiff.data.captions import END, PAD, START
 from mdiff.keys import keys
 from mdiff.recipes import runs
@@ -91,8 +92,8 @@ def base(tmp_path_factory):
     env = child_env(folder) | {
         "JAX_NUM_CPU_DEVICES": "2",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "MDIFF_DATA_DIR": str(cache_dir()),  # drawing all emoji takes too long for one test
     }
-    del env["MDIFF_DATA_DIR"]  # drawing all emoji takes longer than the rest
     done = subprocess.run(
         [sys.executable, "-c", RUNS, str(folder)], env=env, capture_output=True, text=True, timeout=500
     )
