@@ -1,9 +1,9 @@
 """The modes of NeMo's search beside a plain sequential PyTorch loop (bench/nemo_peer.py), paired, in one run.
 
-Usage: python bench/nemo_sweep.py [--prompts 4] [--rounds 7] [--tests 60] [--seeds 6]
+Usage: python bench/nemo_sweep.py [--prompts 3] [--rounds 5] [--tests 60] [--seeds 6] [--out FILE]
 
-Ours searches the value neurons of the model that comes with mdiff on a few memorized prompts; the first pass of each mode
-compiles and is reported apart. Then, round by round in turning order, a block of the peer's tests stands beside each search of
+Ours searches the value neurons of the model that comes with mdiff on a few memorized prompts; before, a search of
+one prompt in each mode compiles, which is reported apart. Then, round by round in turning order, a block of the peer's tests stands beside each search of
 all prompts, and each round gives one ratio for each mode. N is the number of candidates refined: the initial sets of exact mode.
 
     exact      neurons per second, ours / peer: the peer's seconds per test x N / ours
@@ -12,19 +12,22 @@ all prompts, and each round gives one ratio for each mode. N is the number of ca
 
 `ours_s` and `peer_s` are medians of seconds per prompt: the search from D2 to D4, without the text's and the whole network's
 first look, which both sides make once. The sequential algorithm tests initial sets and layers too, and then fewer neurons:
-`tests_ratio` counts the peer's tests as it would make them. Writes bench/results/nemo_sweep.json; the aims stand beside.
+`tests_ratio` ("by tests") counts the peer's tests as it would make them. `bits` is log2 of the number of ways to choose the
+neurons found among the candidates: about what a search by yes-or-no tests needs if it knows nothing about them but how many.
+Writes bench/results/nemo_sweep.json; the aims stand beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
 import statistics
 import sys
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,11 +60,21 @@ MOST = 1.1
 ORDINARY = 60
 
 
+def varied(asked: prompts.Prompts) -> np.ndarray:
+    """Places of prompts: one of each number of copies, most copies first, then a second of each, and so on."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for copies in asked.copies.tolist():
+        turns.append(seen[copies])
+        seen[copies] += 1
+    return np.lexsort((-asked.copies, turns))
+
+
 class Ours:
     """The searches of one set of memorized prompts.
 
     Args:
-      count: how many prompts, those with the most copies first.
+      count: how many prompts, see `varied`.
       seeds: of each.
     """
 
@@ -76,7 +89,7 @@ class Ours:
         ordinary = prompts.of_heldout(subset).take(np.arange(ORDINARY))
         self.calibration = nemo.calibrate(self.first, ordinary, self.cfg, self.monitor)
         asked = prompts.of_training(subset)
-        asked = asked.take(np.argsort(-asked.copies, kind="stable")[: 4 * count])
+        asked = asked.take(varied(asked)[: 4 * count])
         memorized = self.first.look(asked.tokens).kept(self.calibration.tau).any(1)
         self.asked = asked.take(np.flatnonzero(memorized)[:count])
         if len(self.asked) < count:
@@ -84,10 +97,11 @@ class Ours:
                 f"--prompts {count}: {len(self.asked)} of the {len(asked)} looked at are memorized; give fewer"
             )
 
-    def search(self, mode: Any) -> nemo.Search:
-        """All prompts in one mode, nothing remembered."""
+    def search(self, mode: Any, count: int | None = None) -> nemo.Search:
+        """All prompts, or the first ones, in one mode, nothing remembered."""
+        asked = self.asked.take(np.arange(len(self.asked) if count is None else count))
         named = {"mode": "gradient", "refine": False} if mode == "leading" else {"mode": mode}
-        return nemo.search(self.first, self.asked, self.calibration, replace(self.cfg, **named), self.monitor)
+        return nemo.search(self.first, asked, self.calibration, replace(self.cfg, **named), self.monitor)
 
     def size(self) -> dict[str, int]:
         """Parameters and work of the U-Net; the peer's text is embedded before."""
@@ -145,10 +159,11 @@ def row(
         "N": candidates,
         "evaluations": evaluations,
         "evaluations_per_N": evaluations / candidates,
+        "bits": sum(math.log2(math.comb(len(one.initial), len(one.refined))) for one in exact),
         "ours_s_per_evaluation": float(np.median(ours)) / evaluations,
         "rounds": sum(one.rounds for one in found),
         "neurons": [len(one.refined) for one in found],
-        "N_of_prompts": [len(one.initial) for one in found],
+        "initial": [len(one.initial) for one in found],
         "evaluations_of_prompts": [one.evaluations for one in found],
         "reason": [one.reason for one in found],
         "score": [one.score for one in found],
@@ -162,14 +177,16 @@ def row(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """For reading."""
     lines = [
-        f"{'mode':9} {'ours s':>8} {'peer s':>8} {'ratio':>6} {'aim':>5}  {'':6} {'evals':>6} {'/N':>6} {'rounds':>6} "
+        f"{'mode':9} {'ours s':>8} {'peer s':>8} {'ratio':>6} {'aim':>5}  {'':6} {'by tests':>8} "
+        f"{'evals':>6} {'/N':>6} {'bits':>6} {'rounds':>6} "
         f"{'ms each':>8} {'IoU with exact':>15} {'differ':>6}"
     ]
     for one in rows:
         shared, differ = ([each[key] for each in one["disagreement"]] for key in ("iou", "difference"))
         lines.append(
             f"{one['name']:9} {one['ours_s']:8.2f} {one['peer_s']:8.2f} {one['ratio']:6.1f} {one['aim']:5.1f}  "
-            f"{'met' if one['met'] else 'missed':6} {one['evaluations']:6} {one['evaluations_per_N']:6.2f} "
+            f"{'met' if one['met'] else 'missed':6} {one['tests_ratio']:8.1f} "
+            f"{one['evaluations']:6} {one['evaluations_per_N']:6.2f} {one['bits']:6.0f} "
             f"{one['rounds']:6} {1e3 * one['ours_s_per_evaluation']:8.2f} {statistics.mean(shared):15.2f} {sum(differ):6}"
         )
         if "evaluations_aim" in one:
@@ -187,14 +204,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "ours": ours.size(),
         "peer": {"parameters": peer.parameters, "flops": peer.flops(), "neurons": sum(peer.sizes)},
     }
-    first, found, again = {}, {}, {}
+    compiling: dict[str, float] = {}
+    found: dict[str, tuple[Found, ...]] = {}
     for mode in AIMS:
-        begin = time.perf_counter()
-        ours.search(mode)
-        first[mode] = time.perf_counter() - begin
-        begin = time.perf_counter()
-        found[mode] = sorted(ours.search(mode).found, key=lambda one: one.prompt)
-        again[mode] = time.perf_counter() - begin
+        cold, warm = (ours.search(mode, 1).seconds for _ in range(2))
+        compiling[mode] = cold - warm
     nemo_peer.seconds_per_test(peer, 5, threads)
     seconds: dict[str, dict[str, list[float]]] = {mode: {"ours": [], "peer": []} for mode in AIMS}
     for number in range(options.rounds):
@@ -202,14 +216,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             sides = ("ours", "peer") if (number + turn) % 2 else ("peer", "ours")
             for side in sides:
                 if side == "ours":
-                    seconds[mode]["ours"].append(ours.search(mode).seconds)
+                    made = ours.search(mode)
+                    seconds[mode]["ours"].append(made.seconds)
+                    found[mode] = made.found
                 else:
                     seconds[mode]["peer"].append(nemo_peer.seconds_per_test(peer, options.tests, threads))
     cores = os.cpu_count()
     machine = f"{platform.machine()}, {cores} cores, jax {jax.__version__}, torch {torch.__version__}"
     return {
         "rows": [row(mode, found[mode], found["exact"], seconds[mode], machine) for mode in AIMS],
-        "compile_seconds": {mode: first[mode] - again[mode] for mode in AIMS},
+        "compile_seconds": compiling,
         "prompts": [ours.asked.row(place) for place in range(len(ours.asked))],
         "tau": ours.calibration.tau,
         "sizes": sizes,
@@ -227,10 +243,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tests", type=int, default=60, help="of the peer in one block")
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     if min(options.prompts, options.rounds) < 1 or options.seeds < 2 or options.tests < 3:
         parser.error("--prompts and --rounds must be 1 or more, --seeds 2, --tests 3")
@@ -248,8 +265,8 @@ def main() -> None:
     )
     print("compilation:", {mode: round(took, 1) for mode, took in tree["compile_seconds"].items()}, "seconds")
     print(table(tree["rows"]))
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(tree, indent=1) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(tree, indent=1) + "\n")
 
 
 if __name__ == "__main__":
