@@ -1,9 +1,9 @@
 """Where the shipped model's recitals pass, results/nemo/localize.json: the questions NeMo's reviewers asked, on planted truth.
 
-Usage: python bench/localize.py [PART ...], with PART among
+Usage: python bench/localize.py [PART ...] [--workdir RUN] [--few] [--out FILE], with PART among
 
     modes       exact, fast and gradient search: neurons, evaluations, seconds of D1 to D4, disagreement; images with each set off,
-                beside the same number of random, of weight x activation (Wanda-style) and of unrefined neurons
+                beside the same number of random and of weight x activation (Wanda-style) neurons, and all initial ones
     stability   the same search from other noises, and from the shallow layers on
     tau         neurons and images for tau = mean + k std
     transfer    neurons of half of the prompts on the other half
@@ -11,13 +11,16 @@ Usage: python bench/localize.py [PART ...], with PART among
     tokens      statistics over words, the end token, or padding
     components  necessity and sufficiency of each component and stage of the network at equal fractions
     ordinary    what the same neurons do to attention outputs of ordinary prompts
+    dose        copies over the number of leading neurons switched off: how few are enough
 
 all of them, in this order, when none is named; `stability` to `ordinary` need `modes`. Each writes its part of the file when it
-is done. One process on two CPU cores needs about 40 minutes.
+is done. One process on two CPU cores needs about 40 minutes. `--workdir` asks a run of yours instead of the shipped model, `--few`
+only twelve of its prompts.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -65,9 +68,10 @@ STAGES = {"down": "^net/enc", "middle": "^net/mid", "up": "^net/dec"}
 class Lab:
     """The model, its prompts, and what everything is compared with."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Monitor, workdir: Path | None = None, few: bool = False) -> None:
         self.monitor = monitor
-        self.target = text_target.shipped(config.Mesh())
+        mesh_ = config.Mesh()
+        self.target = text_target.of_run(workdir, mesh_, monitor) if workdir else text_target.shipped(mesh_)
         self.on = mesh.make_mesh(config.Mesh())
         trained = prompts.of_training(self.target.subset)
         self.asked = trained.take((trained.copies >= LEAST) & (trained.kind != "unique"))
@@ -75,6 +79,8 @@ class Lab:
         verbatim = np.flatnonzero(self.asked.kind == "verbatim")
         template = np.flatnonzero(self.asked.kind == "template")
         self.some = self.asked.take(np.r_[verbatim[:: max(1, len(verbatim) // 8)][:8], template[:4]])
+        if few:
+            self.asked = self.some
         self.train = np.asarray(self.target.subset.train.x)
 
     def first(self, layers: str = BASE.layers, cfg: Nemo = BASE) -> FirstStep:
@@ -136,8 +142,8 @@ def whole_seen(lab: Lab, first: FirstStep, asked: Prompts, tau: float) -> None:
 def modes(lab: Lab, past: dict[str, Any]) -> dict[str, Any]:
     runs: dict[str, nemo.Search] = {}
     rows: dict[str, Any] = {}
-    for mode in ("exact", "fast", "gradient"):
-        cfg = dataclasses.replace(BASE, mode=mode)  # type: ignore[arg-type]
+    for mode in ("exact", "fast", "gradient", "gradient, refined"):
+        cfg = dataclasses.replace(BASE, mode=mode.split(",")[0], refine="refined" in mode)  # type: ignore[arg-type]
         search, calibration, first, seconds = lab.search(lab.asked, cfg)
         runs[mode] = search
         begun = time.perf_counter()
@@ -169,6 +175,7 @@ def modes(lab: Lab, past: dict[str, Any]) -> dict[str, Any]:
         "exact": off_of(layers, exact),
         "fast": off_of(layers, runs["fast"].found),
         "gradient": off_of(layers, runs["gradient"].found),
+        "gradient, refined": off_of(layers, runs["gradient, refined"].found),
         "initial (not refined)": np.stack([layers.off(each.initial) for each in exact]),
         "random, as many": random,
         "weight x activation, as many": wanda(
@@ -224,10 +231,15 @@ def stages(
 def wanda(
     lab: Lab, layers: Units, activation: np.ndarray, calibration: nemo.Calibration, count: np.ndarray
 ) -> np.ndarray:
-    """bool [P,N]: the neurons of largest weight times activation above that of ordinary prompts (after arXiv 2306.11695, eq. 1)."""
-    weight = np.concatenate([norms(lab, name) for name in layers.names])
-    more = weight * (activation - calibration.neurons.mean)
+    """bool [P,N]: the `count` [P] neurons of largest weight times activation."""
+    more = wanda_worth(lab, layers, activation, calibration)
     return np.stack([layers.off(np.argsort(-row)[:n]) for row, n in zip(more, count, strict=True)])
+
+
+def wanda_worth(lab: Lab, layers: Units, activation: np.ndarray, calibration: nemo.Calibration) -> np.ndarray:
+    """[P,N]: weight times activation above that of ordinary prompts (after arXiv 2306.11695, eq. 1)."""
+    weight = np.concatenate([norms(lab, name) for name in layers.names])
+    return weight * (activation - calibration.neurons.mean)
 
 
 def norms(lab: Lab, name: str) -> np.ndarray:
@@ -355,8 +367,7 @@ def components(lab: Lab, past: dict[str, Any]) -> dict[str, Any]:
         first = lab.first(pattern)
         whole_seen(lab, first, lab.some, past["modes"]["tau"]["tau"])
         rows = np.arange(len(lab.some))
-        if component == "text encoder" or "net/" in "".join(first.units.names):
-            worth = first.gradient(rows)
+        worth = first.gradient(rows)
         layer, kinds = first.units.layer, {"whole network": np.ones(len(first.units.names), bool)}
         for stage, where in STAGES.items():
             here = np.array([name.startswith(where[1:]) for name in first.units.names])
@@ -448,31 +459,71 @@ def attention_outputs(
     return {name: np.array(values) for name, values in found_.items()}
 
 
-PARTS = (modes, stability, tau, transfer, factors, tokens, components, ordinary)
+def dose(lab: Lab, past: dict[str, Any]) -> dict[str, Any]:
+    """With 1 to N neurons off, in the order of three rankings: first-step similarity, copies, own image nearest."""
+    first = lab.first()
+    layers, asked, rows = first.units, lab.some, np.arange(len(lab.some))
+    calibration = nemo.calibrate(first, lab.ordinary, BASE, lab.monitor)
+    looked = first.look(asked.tokens)
+    whole_seen(lab, first, asked, calibration.tau)
+    rng, drawn = np.random.default_rng(0), lab.drawer(layers)
+    worth = {
+        "gradient": first.gradient(rows),
+        "weight x activation": wanda_worth(lab, layers, looked.activation, calibration),
+        "random": rng.random((len(asked), len(layers))),
+    }
+    out: dict[str, Any] = {"neurons_searched": len(layers), "tau": calibration.tau, "prompts": len(asked)}
+    for name, by in worth.items():
+        order, out[name] = np.argsort(-by, axis=1), {}
+        for count in [*(2**i for i in range(20) if 2**i < len(layers)), len(layers)]:
+            off = np.stack([layers.off(row[:count]) for row in order])
+            seen = drawn(asked, np.where(off, 0.0, 1.0))
+            out[name][str(count)] = {
+                "first_step": estimate(first.evaluate(rows, off)),
+                "copies": estimate(seen["copies"]),
+                "nearest_own": estimate(seen["nearest"]),
+            }
+    return out
 
 
-def main(chosen: Sequence[str]) -> None:
+PARTS = (modes, stability, tau, transfer, factors, tokens, components, ordinary, dose)
+
+
+def main() -> None:
     known = {part.__name__: part for part in PARTS}
-    for name in chosen:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(known))
+    parser.add_argument("--workdir", type=Path, help="a trained run; the shipped model when not given")
+    parser.add_argument("--few", action="store_true", help="twelve prompts")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    for name in args.parts:
         if name not in known:
             sys.exit(f"{name}: no part; give some of {', '.join(known)}")
-    past = json.loads(OUT.read_text()) if OUT.exists() else {}
+    if args.workdir and args.out == OUT:
+        sys.exit(
+            f"--workdir {args.workdir}: give it a file of its own, --out FILE; {OUT.name} is the shipped model's"
+        )
+    past = json.loads(args.out.read_text()) if args.out.exists() else {}
     with Monitor(quiet=True) as monitor:
-        lab = Lab(monitor)
-        for name in chosen or known:
+        lab = Lab(monitor, args.workdir, args.few)
+        for name in args.parts or known:
             begun = time.perf_counter()
             past[name] = known[name](lab, past)
             past[name]["minutes"] = (time.perf_counter() - begun) / 60
             past["about"] = {
-                "command": "python bench/localize.py",
+                "command": "python bench/localize.py"
+                + " --workdir RUN" * bool(args.workdir)
+                + " --few" * args.few,
                 "model": lab.target.identity,
+                "net": to_json(lab.target.config.net),
                 "settings": to_json(BASE),
                 "images": {"each": IMAGES, "guidance": GUIDANCE, "seed": SEED},
                 "machine": "2-core Xeon, Python 3.11, jax 0.10.2",
             }
-            write_json(OUT, strict(past))
+            write_json(args.out, strict(past))
             print(f"{name}: {past[name]['minutes']:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -121,6 +121,8 @@ class Net:
     """Tokens that byte-pair encoding learns from the captions."""
     cross: tuple[int, ...] = (16, 8, 4)
     """Resolutions (of the feature map) whose blocks attend to the text."""
+    cross_channels: int = 0
+    """Width of the queries, keys and values of text; 0 is the feature map's."""
     condition_dropout: float = 0.0
     """Share of training examples whose condition is dropped: what classifier-free guidance needs."""
     prediction: Literal["edm", "x0", "eps", "v", "velocity"] = "edm"

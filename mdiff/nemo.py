@@ -81,8 +81,9 @@ class Nemo:
     mode: Literal["exact", "fast", "gradient"] = "exact"
     """exact: the sequential algorithm, neuron for neuron. fast: galloping and bisection, which assume that the score falls with every
     neuron switched on. gradient: rank by one backward pass, then ablate the top ones."""
-    refine: bool = True
-    """gradient: test each leading neuron, about as many calls as neurons; off, the leading ones are the answer, after about log2 N."""
+    refine: bool = False
+    """gradient: then test each leading neuron as exact mode does, about as many calls as neurons. Off, the leading ones are the answer,
+    after about log2 N."""
     similarity: Similarity = Similarity()
     seeds: int = 10
     """First-step noises for each prompt."""

@@ -46,7 +46,7 @@ def cross_attention(p, x, text, head, epsilon):
     """Pixels [B,H,W,C] look at tokens [B,L,E], residual."""
     b, h, w, c = x.shape
     query = project(p["to_query"], group_norm(p["norm"], x, epsilon).reshape(b, h * w, c))
-    seen = look(query, project(p["to_key"], text), project(p["to_value"], text), head or c)
+    seen = look(query, project(p["to_key"], text), project(p["to_value"], text), head or query.shape[-1])
     return x + dense(p["out"], seen).reshape(x.shape)
 
 

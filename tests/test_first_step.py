@@ -1,5 +1,7 @@
 """The first step with neurons on and off: batched, cut and sharded forms against plain calls of the network."""
 
+import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -147,21 +149,35 @@ def test_a_cut_network_gives_the_same_scores(first):
         assert float(first.evaluate(np.array([1]), each[None])[0]) == pytest.approx(score, abs=2e-6)
 
 
-def test_gradient_is_the_slope_of_what_the_text_adds(first, answer):
+def test_the_search_switches_off_whatever_becomes_of_the_neurons_later(first):
+    """`factor` is for images."""
+    other = world(dataclasses.replace(CFG, factor=-1.0))
+    other.prompts(first.looked, first.kept)
+    off = np.random.default_rng(2).random((2, len(first.units))) < 0.4
+    first.prompts(first.looked, first.kept)
+    np.testing.assert_array_equal(other.evaluate(np.arange(2), off), first.evaluate(np.arange(2), off))
+
+
+def test_gradient_is_the_slope_of_what_the_text_adds_halfway(first, answer):
+    """Between all neurons on and all off."""
     got = first.gradient(np.array([1]))[0]
     row, sigma = first.looked.tokens[1], first.model.process.sigma_max
     nothing = np.array([START, END, PAD, PAD, PAD, PAD])
     added = first.looked.delta[1] + np.asarray(answer(nothing, first.units.ones).x0) / sigma
 
     def along(neuron: int, factor: float) -> float:
-        x0 = answer(row, gates_without(first, first.units.off([neuron]), factor)).x0
+        gates = gates_without(first, first.units.off(np.arange(len(first.units))), 0.5)
+        name, index = first.units.place(neuron)
+        leaf = functools.reduce(lambda tree, part: tree[part], name.split("/"), gates)
+        leaf["gate"][index] = factor
+        x0 = answer(row, gates).x0
         each = np.sum(-np.asarray(x0, np.float64) / sigma * added, axis=(1, 2, 3))
         return float(each[first.kept[1]].sum())
 
     strongest = np.argsort(-np.abs(got))[:5]
     slack = 0.02 * float(np.abs(got).max())
     for neuron in [*strongest, 0, len(got) - 1]:
-        slope = (along(neuron, 1.05) - along(neuron, 0.95)) / 0.1
+        slope = (along(neuron, 0.55) - along(neuron, 0.45)) / 0.1
         assert float(got[neuron]) == pytest.approx(slope, rel=0.02, abs=slack), neuron
 
 
@@ -229,20 +245,20 @@ SHARDED = """
 import json, jax, numpy as np
 import test_first_step as t
 from mdiff import config
-first = t.world(on=config.Mesh(data=1, trial=4))
+first = t.world(on=config.Mesh(data=1, trial=8))
 first.prompts(first.look(t.tokens(4)), np.ones((4, 3), bool))
 rng = np.random.default_rng(0)
 prompt, off = np.array([0, 2, 1, 3, 1]), rng.random((5, len(first.units))) < 0.3
 lanes = [first.looked.tokens[prompt], first.looked.delta[prompt], first.kept[prompt], off]
-rows = np.arange(8) % 5
+rows = np.arange(16) % 5
 text = first._program(0).lower(first.params, *first._spread([lane[rows] for lane in lanes])).compile().as_text()
 words = [w for w in ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter") if w in text]
 print(json.dumps({"scores": first.evaluate(prompt, off).tolist(), "collectives": words}))
 """
 
 
-def test_four_devices_score_alike_and_send_nothing(first, tmp_path):
-    env = {**child_env(tmp_path), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+def test_eight_devices_score_alike_and_send_nothing(first, tmp_path):
+    env = {**child_env(tmp_path), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=300, check=False
     )

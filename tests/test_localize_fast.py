@@ -1,6 +1,5 @@
 """Fast and gradient mode against exact mode, and against brute force over all sets."""
 
-import itertools
 import math
 
 import numpy as np
@@ -130,7 +129,7 @@ def test_noise_never_breaks_the_result():
         a = rng.uniform(0, 9, (10, 20))
         exact = {r.prompt: r for r in localize.exact(Scores(score), a, flat(20, 3), tau, Nemo(width=1))}
         for mode in (localize_fast.fast, localize_fast.gradient):
-            for r in mode(Scores(score), a, flat(20, 3), tau, Nemo(width=1)):
+            for r in mode(Scores(score), a, flat(20, 3), tau, Nemo(width=1, refine=True)):
                 off = np.isin(np.arange(20), r.refined)
                 assert set(r.refined) <= set(r.initial) and r.score <= r.tau_ref
                 assert not off.any() or r.score == float(np.float32(score(r.prompt, off)))
@@ -157,7 +156,7 @@ def test_gradient_finds_the_shortest_prefix_of_the_ranking():
         score, tau = monotone(seed, 14, 4)
         rng = np.random.default_rng(seed)
         importance = rng.random((4, 14)).round(1)
-        for width, cfg in itertools.product((1, 4), (Nemo(width=1), Nemo(width=4))):
+        for cfg in (Nemo(width=1, refine=True), Nemo(width=4, refine=True)):
             for r in localize_fast.gradient(Scores(score), importance, flat(14, 2), tau, cfg):
                 order = sorted(range(14), key=lambda i: (-importance[r.prompt, i], i))
                 values = [
@@ -165,7 +164,7 @@ def test_gradient_finds_the_shortest_prefix_of_the_ranking():
                     for m in range(1, 15)
                 ]
                 below = [m for m, v in enumerate(values, 1) if v <= tau]
-                assert width and (r.reason == "below tau") == bool(below)
+                assert (r.reason == "below tau") == bool(below)
                 if below:
                     assert r.top == below[0] and r.initial == tuple(order[: r.top]) and math.isnan(r.theta)
                     off = np.isin(np.arange(14), r.refined)
@@ -179,7 +178,7 @@ def test_gradient_is_cheap_when_the_ranking_is_right():
     rng = np.random.default_rng(0)
     evaluate = Scores(lambda p, off: 0.0 if off[need].all() else 1.0)
     importance = rng.random((1, 600)) * 0.9 + need
-    (r,) = localize_fast.gradient(evaluate, importance, flat(600, 7), 0.5, Nemo(width=1))
+    (r,) = localize_fast.gradient(evaluate, importance, flat(600, 7), 0.5, Nemo(width=1, refine=True))
     assert r.refined == (7, 157, 307, 457) and r.top == 4
     assert r.evaluations <= 3 + 1 + 4 + 4  # 1, 2, 4; 3; layers; neurons
 
@@ -188,7 +187,7 @@ def test_gradient_keeps_the_more_important():
     """5 or 2 will do beside 0, which the ranking has last; the weaker of the two goes, whatever their numbers."""
     evaluate = Scores(lambda p, off: 0.1 if off[0] and off[[2, 5]].any() else 0.9)
     importance = np.array([[0.1, 0, 0.7, 0, 0, 0.9, 0, 0], [0.1, 0, 0.9, 0, 0, 0.7, 0, 0]])
-    first, second = localize_fast.gradient(evaluate, importance, flat(8), 0.5, Nemo(width=1))
+    first, second = localize_fast.gradient(evaluate, importance, flat(8), 0.5, Nemo(width=1, refine=True))
     assert first.initial == (5, 2, 0) and first.refined == (0, 5)
     assert second.initial == (2, 5, 0) and second.refined == (0, 2)
 

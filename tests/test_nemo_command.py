@@ -105,10 +105,11 @@ def test_recited_prompts_are_found_and_cut(done):
     assert often["copies"] == 100 and seldom["copies"] == 30 and never["copies"] == 0
     for row in (often, seldom):
         assert row["memorized"] and row["reason"] == "below tau" and row["score"] <= row["tau_ref"]
-        assert 0 < sum(map(len, row["neurons"].values())) < 200
+        assert 0 < sum(map(len, row["neurons"].values())) < 80
         assert row["copies_of_own"]["whole"] == 1.0 and row["copies_of_own"]["own"] == 0.0
         assert row["copies_of_own"]["random"] > row["copies_of_own"]["own"]
-        assert row["similar_to_whole"]["whole"] == pytest.approx(1) and row["similar_to_whole"]["own"] < 0.9
+        near = row["similar_to_whole"]
+        assert near["whole"] == pytest.approx(1) and near["own"] < near["random"] - 0.05
     assert never["similarity"] < often["similarity"]
     page = (done[0] / "found" / "nemo.html").read_text()
     assert "pause button" in page and "Own image nearest" in page
@@ -181,21 +182,17 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def test_eight_devices_and_two_processes_find_the_same_neurons(done, asked, tmp_path):
-    eight = child(tmp_path / "eight", asked, "--mesh.trial", "8", "--batch", "1", devices=8)
-    said = eight.communicate(timeout=600)[0]
-    assert eight.returncode == 0, said
+def test_two_processes_of_four_devices_find_the_same_neurons(done, asked, tmp_path):
     address = ("--processes.coordinator", f"127.0.0.1:{free_port()}", "--processes.count", "2")
-    two = ("--mesh.trial", "2", "--batch", "1", *address)
-    both = [child(tmp_path / "two", asked, *two, "--processes.index", str(i)) for i in range(2)]
+    args = ("--mesh.trial", "8", "--batch", "1", *address)
+    both = [child(tmp_path / "both", asked, *args, "--processes.index", str(i), devices=4) for i in range(2)]
     said = [one.communicate(timeout=600)[0] for one in both]
     assert [one.returncode for one in both] == [0, 0], said
     theirs = done[1]["prompts"][0]
-    for name in ("eight", "two"):
-        mine = json.loads((tmp_path / name / "nemo.json").read_text())["prompts"][0]
-        assert mine["neurons"] == theirs["neurons"] or mine["close"] or theirs["close"]
-        for arm in ("whole", "own"):  # random neurons avoid the union, which is of more prompts there
-            assert mine["copies_of_own"][arm] == theirs["copies_of_own"][arm]
+    mine = json.loads((tmp_path / "both" / "nemo.json").read_text())["prompts"][0]
+    assert mine["neurons"] == theirs["neurons"] or mine["close"] or theirs["close"]
+    for arm in ("whole", "own"):  # random neurons avoid the union, which is of more prompts there
+        assert mine["copies_of_own"][arm] == theirs["copies_of_own"][arm]
 
 
 WRONG = {

@@ -208,6 +208,8 @@ def test_a_ladder_that_cannot_be(change, message):
         ({"text_length": 2}, "3 or more"),
         ({"vocabulary": 100}, "259 or more"),
         ({"cross": (5,)}, "choose from 16 8"),
+        ({"cross_channels": -4}, "must be 1 or more, or 0"),
+        ({"cross_channels": 20, "head_channels": 8, "attention": ()}, "20 channels.*set it to 10"),
         ({"text_blocks": 0}, "1 or more"),
     ],
 )

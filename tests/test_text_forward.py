@@ -133,15 +133,16 @@ def module_case(module, *given):
     return arbitrary(variables["params"], 5), factors(variables["gates"])
 
 
-@pytest.mark.parametrize("head", [0, 4])
-def test_cross_attention_equals_numpy(head):
+@pytest.mark.parametrize(("head", "width"), [(0, 0), (4, 0), (0, 20), (4, 24)])
+def test_cross_attention_equals_numpy(head, width):
     """Pixels of a map that is not square, and texts of another length and width than they have."""
     x, text = (
         RNG.normal(size=(2, 3, 5, 16)).astype(np.float32),
         RNG.normal(size=(2, 7, 12)).astype(np.float32),
     )
-    module = CrossAttention(head, 1e-5)
+    module = CrossAttention(head, 1e-5, width=width)
     params, gates = module_case(module, x, text)
+    assert all(gate.shape == (width or 16,) for gate in jax.tree.leaves(gates))
     apply = jax.jit(module.apply)
     equal(apply({"params": params}, x, text), numpy_text.cross_attention(params, x, text, head, 1e-5))
     weights = cross_in_weights(params, gates)
@@ -172,10 +173,10 @@ def test_feed_forward_equals_numpy():
 class Net:
     """A whole network with arbitrary parameters and one compiled call of it."""
 
-    def __init__(self, arch, head):
+    def __init__(self, arch, head, width):
         self.net = config.Net(
-            arch=arch, channels=8, mults=(1, 2), blocks=1, attention=(4,), head_channels=head, cross=(8, 4), text=16,
-            text_blocks=1, text_length=LENGTH, vocabulary=VOCABULARY,
+            arch=arch, channels=8, mults=(1, 2), blocks=1, attention=(4,), head_channels=head, cross=(8, 4),
+            cross_channels=width, text=16, text_blocks=1, text_length=LENGTH, vocabulary=VOCABULARY,
         )  # fmt: skip
         self.model = make_model(config.Config(data=config.Data(size=8), net=self.net), 2)
         self.params = arbitrary(jax.eval_shape(self.model.init, jax.random.key(0)))
@@ -191,7 +192,7 @@ class Net:
         return numpy_text.denoise(params, self.net, XT, SIGMA, tokens)
 
 
-@pytest.fixture(scope="module", params=[("ddpmpp", 0), ("adm", 4)], ids=["ddpmpp", "adm"])
+@pytest.fixture(scope="module", params=[("ddpmpp", 0, 0), ("adm", 4, 12)], ids=["ddpmpp", "adm"])
 def net(request):
     return Net(*request.param)
 

@@ -80,6 +80,10 @@ def _check_text(cfg: config.Net, size: int) -> None:
     if not resolutions & set(cfg.cross):
         there = " ".join(map(str, sorted(resolutions, reverse=True)))
         raise UserError(f"net.cross = {cfg.cross}: no block has such a resolution; choose from {there}")
+    if cfg.cross_channels < 0:
+        raise UserError(
+            f"net.cross_channels = {cfg.cross_channels}: must be 1 or more, or 0 for the feature map's channels"
+        )
 
 
 def _check_heads(cfg: config.Net, width: int) -> None:
@@ -107,8 +111,10 @@ def _check_unet(cfg: config.Net, size: int) -> None:
     )
     for level, mult in enumerate(cfg.mults):
         at = (size // cfg.patch) >> level
-        if level == levels - 1 or at in cfg.attention or (cfg.text and at in cfg.cross):
+        if level == levels - 1 or at in cfg.attention:
             _check_heads(cfg, cfg.channels * mult)
+        if cfg.text and at in cfg.cross:
+            _check_heads(cfg, cfg.cross_channels or cfg.channels * mult)
 
 
 def _check_dit(cfg: config.Net, size: int) -> None:

@@ -22,12 +22,13 @@ WIDER = 2
 class CrossAttention(nn.Module):
     """Residual attention of pixels [B,H,W,C] to tokens [B,L,E]; taps and bias as in `layers.look`.
 
-    Gates: `query_gate`, `key_gate` and `value_gate`, each [C].
+    Gates: `query_gate`, `key_gate` and `value_gate`, each [width] ([C] where width is 0).
     """
 
     head_channels: int = 0
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    width: int = 0
 
     @nn.compact
     def __call__(self, x: Array, text: Array) -> Array:
@@ -35,7 +36,7 @@ class CrossAttention(nn.Module):
         normed = group_norm(x, "norm", self.epsilon).reshape(b, h * w, c)
 
         def project(name: str, given: Array) -> Array:
-            mapped = Dense(c, bias=False, dtype=self.dtype, name=f"to_{name}")(given)
+            mapped = Dense(self.width or c, bias=False, dtype=self.dtype, name=f"to_{name}")(given)
             return Gate(name=f"{name}_gate")(mapped)
 
         seen = look(

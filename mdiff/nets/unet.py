@@ -179,7 +179,8 @@ class Block(nn.Module):
             x = Attention(cfg.head_channels, style.epsilon, dtype, name="attention")(x) * style.scale
         if self.cross:
             assert text is not None
-            x = CrossAttention(cfg.head_channels, style.epsilon, dtype, name="cross")(x, text) * style.scale
+            cross = CrossAttention(cfg.head_channels, style.epsilon, dtype, cfg.cross_channels, name="cross")
+            x = cross(x, text) * style.scale
             x = FeedForward(style.epsilon, dtype, name="feed")(x) * style.scale
         tap(self, "out", x)
         return x

@@ -234,9 +234,9 @@ def _searches(
 
 
 def search_settings(cfg: Nemo) -> dict[str, Any]:
-    """The fields that decide what is found: all but where and how fast it is computed."""
+    """The fields that decide what is found: all but where and how fast it is computed, and what is done with it."""
     tree: dict[str, Any] = to_json(cfg)
-    for name in ("mesh", "batch", "width", "control_seed"):
+    for name in ("mesh", "batch", "width", "control_seed", "factor"):
         del tree[name]
     return tree
 
