@@ -38,7 +38,7 @@ from mdiff.console import Monitor
 from mdiff.fields import to_json
 from mdiff.files import strict, write_json
 from mdiff.nemo import Nemo
-from mdiff.probes import found, intervals, recited
+from mdiff.probes import found, intervals, localize, recited
 from mdiff.probes import units as units_of
 from mdiff.probes.first_step import FirstStep
 from mdiff.probes.found import Found
@@ -149,11 +149,12 @@ def modes(lab: Lab, past: dict[str, Any]) -> dict[str, Any]:
         begun = time.perf_counter()
         first.look(lab.asked.tokens)
         look = (time.perf_counter() - begun) / len(lab.asked)
+        second = seconds_of_outliers(search.looked.activation, search.found, calibration, cfg)
         rows[mode] = {
             "seconds": seconds,
             "D1_seconds_per_prompt": look,
             "by_kind": {
-                kind: stages(lab, search.found, seconds, look, lab.asked.kind == kind)
+                kind: stages(search.found, seconds, look, second, lab.asked.kind == kind)
                 for kind in ("verbatim", "template")
             },
             "neurons": by_kind(lab.asked, sizes(search.found)),
@@ -206,8 +207,22 @@ def modes(lab: Lab, past: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def seconds_of_outliers(
+    activation: np.ndarray, records: Sequence[Found], calibration: nemo.Calibration, cfg: Nemo
+) -> np.ndarray:
+    """[P]: looking up the outliers (D2) of every threshold down to the last one tried; gradient mode tries none."""
+    out, steps = [], localize.thetas(cfg)
+    for row, record in zip(activation, records, strict=True):
+        begun = time.perf_counter()
+        for i, theta in enumerate(steps):
+            if theta >= record.theta:
+                localize.outliers(row, calibration.neurons, theta, i * cfg.top, cfg.two_sided)
+        out.append(time.perf_counter() - begun)
+    return np.array(out)
+
+
 def stages(
-    lab: Lab, records: Sequence[Found], seconds: float, look: float, chosen: np.ndarray
+    records: Sequence[Found], seconds: float, look: float, second: np.ndarray, chosen: np.ndarray
 ) -> dict[str, Any]:
     """Medians per prompt: evaluations of D3 and D4, and their seconds by the run's seconds per evaluation."""
     each = [record for record, here in zip(records, chosen, strict=True) if here]
@@ -217,7 +232,7 @@ def stages(
     return {
         "prompts": len(each),
         "D1_seconds": look,
-        "D2_seconds": 0.0,
+        "D2_seconds": float(np.median(second[chosen])),
         "D3_evaluations": float(np.median(third)),
         "D3_seconds": float(np.median(third)) * one,
         "D4_evaluations": float(np.median(fourth)),
@@ -523,6 +538,7 @@ def main() -> None:
             }
             write_json(args.out, strict(past))
             print(f"{name}: {past[name]['minutes']:.1f} minutes", flush=True)
+            jax.clear_caches()  # programs of all parts together are more than a process may map
 
 
 if __name__ == "__main__":

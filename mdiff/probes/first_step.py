@@ -121,6 +121,9 @@ class FirstStep:
         self._carries: OrderedDict[tuple[int, int, bytes], Any] = OrderedDict()
         self._single = mesh.size == 1 and jax.process_count() == 1
         self._cuts = _cuts(units) if self._single else [0]
+        # Of the object, not of the class: programs go when it goes.
+        self._prefix = functools.cache(self._make_prefix)
+        self._program = functools.cache(self._make_program)
 
     # ------------------------------------------------------------------ the whole network
 
@@ -252,8 +255,7 @@ class FirstStep:
             self._carries.popitem(last=False)
         return jax.tree.map(lambda *each: jnp.stack(each), *found)
 
-    @functools.cache  # noqa: B019 - one object for each model, which holds its programs
-    def _prefix(self, cut: int) -> Callable[[Params, np.ndarray, np.ndarray], Any]:
+    def _make_prefix(self, cut: int) -> Callable[[Params, np.ndarray, np.ndarray], Any]:
         def carry(params: Params, tokens: Array, off: Array) -> Any:
             gates = self.units.gates(ablate(off))
             cond = self._text(params, tokens, gates["text"])
@@ -261,8 +263,7 @@ class FirstStep:
 
         return jax.jit(carry)
 
-    @functools.cache  # noqa: B019
-    def _program(self, cut: int) -> Callable[..., Array]:
+    def _make_program(self, cut: int) -> Callable[..., Array]:
         """`(params, tokens [K,L], whole [K,S,…], kept [K,S], off [K,N], prefixes [K,…]?) -> [K]`."""
 
         def test(params: Params, tokens: Array, whole: Array, kept: Array, off: Array, *prefix: Any) -> Array:
