@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,6 +23,8 @@ from mdiff.console import Monitor
 from mdiff.probes import first_step, units
 from mdiff.probes.found import Found
 from mdiff.recipes import nemo_verify, prompts, recite, text_target
+from mdiff.report import nemo_command
+from mdiff.types import Estimate
 
 ASKED = ("pause button", "a cat that nobody trained on", "oil drum")
 """Trained on 100 times, never, and 30 times."""
@@ -304,3 +308,20 @@ def test_random_neurons_fall_back():
         assert not row[list(each.refined)].any()
     assert not off[0][narrow].any() and not off[0][10:].any()
     assert nemo_verify.controls(records[:1], layer, np.arange(20) < 10, 0)[1] == ("own",)
+
+
+def test_the_verdict_says_when_the_union_is_everything():
+    """Then it takes the text away altogether, and what it does is no finding about these prompts."""
+    records = tuple(
+        Found(i, "gradient", initial=n, refined=n, reason="below tau") for i, n in enumerate([(0, 1), (2, 3)])
+    )
+    search = SimpleNamespace(memorized=np.array([True, True]), found=records)
+    rate = asdict(Estimate(0.5, 0.2, 0.8, 2))
+    groups = {"verbatim": {"whole": rate, "own": rate, "random": rate}}
+    calibration = SimpleNamespace(tau=0.6, false_positives=Estimate(0.1, 0.0, 0.2, 10))
+    for neurons, said in ((4, True), (5, False)):
+        lines = nemo_command.verdict(
+            range(2), calibration, search, groups, {"verbatim": {"own": rate}}, 4, neurons
+        )
+        assert f"a median of 2 of {neurons} neurons is enough, 4 in all prompts together" in lines[1]
+        assert ("all that were searched" in lines[1]) == said

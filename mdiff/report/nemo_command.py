@@ -262,9 +262,10 @@ def verdict(
     sizes = [len(each.refined) for each in search.found if each.initial]
     cut = sum(each.reason == "below tau" for each in search.found)
     middle = f"{np.median(sizes):g}" if sizes else "no"
+    every = ": all that were searched, so what the union does says nothing about these prompts"
     lines.append(
         f"The first step of {cut} of them is cut below tau; a median of {middle} of {neurons} neurons is enough, "
-        f"{union} in all prompts together."
+        f"{union} in all prompts together{every * (union == neurons)}."
     )
     for kind, rates in groups.items():
         whole, own, random = (Estimate(**rates[name]) for name in ("whole", "own", "random"))
