@@ -380,8 +380,6 @@ class Config:
 
 
 DIGESTED = ("seed", "data", "process", "net", "loss")
-
-
 NOISE = "of pixels"
 """Whose the fixed noise is. Up to mdiff 0.3 it belonged to ids; going on with other noise would be a second draw."""
 
